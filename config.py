@@ -1,0 +1,223 @@
+"""Settings: the architecture's numbers, read from the config.json of every family that we understand, and the manners
+that all command lines share.
+
+No torch in here, nor in data.py and flops.py: importing it takes 1.5 s, and flops.py and --help answer at once.
+"""
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+PAD = 1 << 30  # positions from here on belong to padding; every real token stands before it
+PINPOINTS = tuple((w, h) for w in range(1, 7) for h in range(1, 7))  # LLaVA-OneVision's 36 tile grids, in tiles
+VISION_TOWERS = {  # original LLaVA files name their tower instead of describing it
+    "google/siglip-so400m-patch14-384": dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+                                             num_attention_heads=16, image_size=384, patch_size=14)}
+PAPER_SA = (1, 4, 7, 10, 13, 16, 19, 22)
+PAPER_VIABLE = (  # appendix A, for 24 layers; 13 is a candidate that none of them uses
+    (1, 4), (1, 7), (1, 4, 7), (1, 4, 16), (1, 7, 16), (1, 10, 16), (1, 4, 7, 16), (1, 4, 7, 22), (1, 4, 10, 16),
+    (1, 4, 7, 10, 16), (1, 4, 7, 16, 22), (1, 4, 7, 10, 16, 22), (1, 4, 7, 10, 16, 19, 22))
+
+
+@dataclass
+class Config:
+    """LLaVA-OneVision 0.5B, unless said otherwise. Sizes in features; layer indices are 0-based everywhere."""
+    # language model: Qwen2
+    hidden: int = 896
+    layers: int = 24
+    heads: int = 14
+    kv_heads: int = 2
+    head_dim: int = 64
+    ffn: int = 4864
+    vocab: int = 151646
+    rope_theta: float = 1e6
+    rms_eps: float = 1e-6
+    tied: bool = True               # the output head is the embedding matrix
+    # vision tower: SigLIP, used up to the layer before its last
+    vision_hidden: int = 1152
+    vision_layers: int = 26
+    vision_heads: int = 16
+    vision_ffn: int = 4304
+    vision_eps: float = 1e-6
+    tile: int = 384                 # pixels per side of one tile
+    patch: int = 14                 # pixels per side of one patch; 384 // 14 = 27, the last 6 pixels are never seen
+    # pictures: anyres
+    pinpoints: tuple = PINPOINTS    # allowed grids (columns, rows), in tiles
+    max_tiles: int | None = 9       # above about this many tiles' worth of tokens the grid is shrunk; None: never
+    unpad: str = "original"         # "original" truncates the unpadded side; "hf" rounds it to 7 digits before
+    multi_image_newline: bool = True  # 730 tokens for each of several pictures (training, Hugging Face); else 729
+    # VISOR
+    ca: tuple = ()                  # layers that have a cross-attention (paper 4.2.1)
+    sa: tuple = ()                  # layers that may run as self-attention over both streams (paper 4.2.2)
+    viable: tuple = ()              # configurations (subsets of sa) that the model is trained for (paper 4.2.3)
+    # history
+    stage: str = "random"           # what made the weights: random, pretrained, 0, 1, 2, 3
+    step: int = 0
+
+    @property
+    def side(self):
+        """Patches along one side of a tile."""
+        return self.tile // self.patch
+
+    def __post_init__(self):
+        """JSON has lists; ours are tuples, so that configurations can be compared and used as keys."""
+        for name in ("pinpoints", "viable"):
+            setattr(self, name, tuple(tuple(x) for x in getattr(self, name)))
+        self.ca, self.sa = tuple(self.ca), tuple(self.sa)
+
+    def to_json(self):
+        return json.dumps({"model_type": "visor", **asdict(self)}, indent=1)
+
+    def visor_layers(self, ca=None, sa=None, viable=None):
+        """(ca, sa, viable) with defaults for what is None: a third of the layers each, stride 3 (paper 4.2.3, 5.1).
+
+        Each cross-attention stands one layer after a candidate, so that it reads what that one refined. For 24 layers
+        the viable configurations are the paper's (appendix A); otherwise every prefix of sa, from none to all.
+        """
+        n = self.layers // 3
+        sa = tuple(range(1, self.layers, 3))[:n] if sa is None else tuple(sorted(sa))
+        ca = tuple(range(2, self.layers, 3))[:n] if ca is None else tuple(sorted(ca))
+        for l in (*sa, *ca):
+            if not 0 <= l < self.layers:
+                raise ValueError(f"there is no layer {l}; this model has layers 0 to {self.layers - 1}")
+        if viable is None:
+            viable = PAPER_VIABLE if self.layers == 24 and sa == PAPER_SA else [sa[:i] for i in range(len(sa) + 1)]
+        return ca, sa, tuple(tuple(sorted(v)) for v in viable)
+
+    def configuration(self, text):
+        """The self-attention layers that `text` asks for: "dense", "none" or "1,4,7". Returns an ascending tuple."""
+        if text in ("dense", "none"):
+            return tuple(range(self.layers)) if text == "dense" else ()
+        if not re.fullmatch(r"\d+(,\d+)*", text):
+            raise ValueError(f"--sa {text}: give dense, none, or layer numbers such as 1,4,7")
+        sa = tuple(sorted({int(x) for x in text.split(",")}))
+        if sa[-1] >= self.layers:
+            raise ValueError(f"--sa {text}: there is no layer {sa[-1]}; this model has layers 0 to {self.layers - 1}")
+        return sa
+
+
+def read_config(directory):
+    """The Config of a checkpoint directory (LLaVA-OneVision by llava-hf or lmms-lab, or our own). Raises ValueError."""
+    raw = _read_json(directory)
+    try:
+        if raw.get("model_type") == "visor":
+            known = {f.name for f in fields(Config)}
+            if unknown := sorted(set(raw) - known - {"model_type"}):
+                raise ValueError(f"settings {', '.join(unknown)} are unknown to this version")
+            return Config(**{k: v for k, v in raw.items() if k in known})
+        if raw.get("model_type") == "llava_onevision":
+            return _llava_hf(raw)
+        if "mm_vision_tower" in raw:
+            return _llava_original(raw)
+        raise ValueError(f"model_type {raw.get('model_type')!r} is no LLaVA-OneVision or VISOR checkpoint; "
+                         "give one, or a SigLIP and a Qwen2 directory as SIGLIP+QWEN2")
+    except (ValueError, KeyError, TypeError) as e:
+        what = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else e
+        raise ValueError(f"{Path(directory) / 'config.json'}: {what}") from None
+
+
+def join_configs(vision_directory, llm_directory):
+    """The Config of a SigLIP and a Qwen2 directory put together, with SigLIP's last layer left out as LLaVA does."""
+    vision, llm = _read_json(vision_directory), _read_json(llm_directory)
+    if llm.get("model_type") != "qwen2":
+        raise ValueError(f"{llm_directory}/config.json: model_type {llm.get('model_type')!r}, but qwen2 is needed")
+    if vision.get("model_type") not in ("siglip", "siglip_vision_model"):
+        raise ValueError(f"{vision_directory}/config.json: model_type {vision.get('model_type')!r}, but siglip is needed")
+    return Config(**_qwen2(llm), **_siglip(vision.get("vision_config", vision), feature_layer=-2), stage="pretrained")
+
+
+def _read_json(directory):
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {directory} is no checkpoint directory")
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is not valid JSON; download it again") from None
+
+
+def _expect(raw, name, value):
+    if raw.get(name, value) not in (value, None):
+        raise ValueError(f"{name} {raw[name]!r} is not supported, only {value!r}")
+
+
+def _qwen2(raw):
+    """Our names for Qwen2's. What a file leaves out has the default of transformers' Qwen2Config."""
+    _expect(raw, "hidden_act", "silu")
+    _expect(raw, "use_sliding_window", False)
+    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 1e4), **(raw.get("rope_scaling") or {})}
+    _expect({"rope_type": rope.get("rope_type", rope.get("type"))}, "rope_type", "default")
+    hidden, heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
+    return dict(hidden=hidden, layers=raw.get("num_hidden_layers", 32), heads=heads,
+                kv_heads=raw.get("num_key_value_heads", 32), head_dim=raw.get("head_dim") or hidden // heads,
+                ffn=raw.get("intermediate_size", 22016), vocab=raw.get("vocab_size", 151936),
+                rope_theta=rope["rope_theta"], rms_eps=raw.get("rms_norm_eps", 1e-6),
+                tied=raw.get("tie_word_embeddings", False))
+
+
+def _siglip(raw, feature_layer):
+    """Our names for SigLIP's. feature_layer -1: the output of the last layer; -2: of the one before."""
+    if not isinstance(feature_layer, int) or feature_layer >= 0:
+        raise ValueError(f"vision_feature_layer {feature_layer!r} is not supported, only one negative number")
+    _expect(raw, "hidden_act", "gelu_pytorch_tanh")
+    return dict(vision_hidden=raw.get("hidden_size", 768), vision_ffn=raw.get("intermediate_size", 3072),
+                vision_layers=raw.get("num_hidden_layers", 12) + 1 + feature_layer,
+                vision_heads=raw.get("num_attention_heads", 12), vision_eps=raw.get("layer_norm_eps", 1e-6),
+                tile=raw.get("image_size", 224), patch=raw.get("patch_size", 16))
+
+
+def _anyres(aspect, pinpoints, tile):
+    """max_tiles from "anyres_max_9" or "anyres"; grids in tiles from sizes in pixels."""
+    match = re.fullmatch(r"anyres(?:_max_(\d+))?", aspect)
+    if not match:
+        raise ValueError(f"image aspect ratio {aspect!r} is not supported, only anyres or anyres_max_N")
+    return dict(max_tiles=int(match[1]) if match[1] else None,
+                pinpoints=tuple((w // tile, h // tile) for w, h in pinpoints))
+
+
+def _llava_hf(raw):
+    text, vision = raw["text_config"], raw["vision_config"]
+    _expect(text, "model_type", "qwen2")
+    _expect(vision, "model_type", "siglip_vision_model")
+    _expect(raw, "projector_hidden_act", "gelu")
+    _expect(raw, "vision_feature_select_strategy", "full")
+    sizes = {**_qwen2(text), **_siglip(vision, raw.get("vision_feature_layer", -1))}
+    tile = sizes["tile"]
+    pinpoints = raw.get("image_grid_pinpoints") or [(w * tile, h * tile) for w, h in PINPOINTS]
+    ties = [c["tie_word_embeddings"] for c in (raw, text) if "tie_word_embeddings" in c]
+    sizes["tied"] = bool(ties) and all(ties)  # hub files of the 0.5B say both; the loader looks for a head as well
+    return Config(**sizes, **_anyres(raw.get("vision_aspect_ratio", "anyres_max_9"), [p[::-1] for p in pinpoints], tile),
+                  unpad="hf", stage="pretrained")
+
+
+def _llava_original(raw):
+    tower = raw["mm_vision_tower"]
+    if tower not in VISION_TOWERS:
+        raise ValueError(f"mm_vision_tower {tower!r} is unknown, only {', '.join(VISION_TOWERS)}")
+    _expect(raw, "mm_projector_type", "mlp2x_gelu")
+    _expect(raw, "mm_patch_merge_type", "spatial_unpad")
+    vision = _siglip(VISION_TOWERS[tower], feature_layer=-2)
+    return Config(**_qwen2(raw), **vision, stage="pretrained",
+                  **_anyres(raw.get("image_aspect_ratio", "anyres_max_9"), raw["image_grid_pinpoints"], vision["tile"]))
+
+
+class Parser(argparse.ArgumentParser):
+    """Command lines of every script: bad input gives one line `error: ...` on stderr and exit status 2."""
+
+    def error(self, message):
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run(main):
+    """Calls a script's main; a mistake in the input ends like one in the command line, without a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,232 @@
+"""A picture and a conversation become arrays: tiles (anyres), ChatML, token positions, batches.
+
+LLaVA-OneVision's input side, without torch: `tiling` is the one place that knows how many visual tokens a picture
+of a given size costs, and `pixels`, the model and flops.py all follow it. What differs from the original code is
+said at the line that differs.
+"""
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+
+from config import PAD
+
+IMAGE = "<image>"  # stands for a picture in a question; never becomes a token of the language model
+SYSTEM = "You are a helpful assistant."
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+class Tiling(NamedTuple):
+    """How one picture becomes visual tokens. Tokens: base tile (side * side), then the grid row by row."""
+    canvas: tuple    # (width, height) in pixels of the grid of tiles; None when the picture is one padded tile
+    resized: tuple   # (width, height) in pixels of the picture on the canvas; the rest is black
+    grid: tuple      # (rows, columns) of tiles
+    cut: tuple       # (rows, columns) of tokens dropped at each side, because they see only black
+    size: tuple      # (rows, columns) of tokens kept, after the shrink
+    shrunk: bool     # above max_tiles' worth of tokens the grid is interpolated down to `size`
+    newlines: int    # image_newline vectors: one a row, or one after a lone tile
+    tokens: int      # visual tokens in all, newlines included
+
+    @property
+    def tiles(self):
+        return 1 + self.grid[0] * self.grid[1]
+
+
+def tiling(width, height, config, alone=True):
+    """Tile grid and token count of a picture of width x height pixels (LLaVA-OneVision, anyres_max_9 + spatial_unpad).
+
+    alone: it is the only picture of its conversation. Of several, each is padded to a square and is one tile.
+    """
+    side, tile = config.side, config.tile
+    if not alone:
+        newlines = int(config.multi_image_newline)
+        return Tiling(None, None, (0, 0), (0, 0), (0, 0), False, newlines, side * side + newlines)
+
+    def fit(grid):  # the larger picture area wins, then the smaller waste, then the earlier grid
+        w, h = grid[0] * tile, grid[1] * tile
+        scale = min(w / width, h / height)
+        used = min(int(width * scale) * int(height * scale), width * height)
+        return used, used - w * h
+    columns, rows = max(config.pinpoints, key=fit)
+    w, h = columns * tile, rows * tile
+    if w / width < h / height:
+        resized = w, min(math.ceil(height * (w / width)), h)
+    else:
+        resized = min(math.ceil(width * (h / height)), w), h
+
+    truncate = int if config.unpad == "original" else lambda x: int(round(x, 7))  # differs for 2 sizes in 88,530
+    kept_w, kept_h = columns * side, rows * side  # tokens
+    if width / height > kept_w / kept_h:
+        cut = (kept_h - truncate(height * (kept_w / width))) // 2, 0
+    else:
+        cut = 0, (kept_w - truncate(width * (kept_h / height))) // 2
+    kept_h, kept_w = kept_h - 2 * cut[0], kept_w - 2 * cut[1]
+
+    times = math.sqrt(kept_h * kept_w / (config.max_tiles * side * side)) if config.max_tiles else 1.0
+    shrunk = times > 1.1  # so up to 1.21 * max_tiles tiles' worth stays as it is
+    if shrunk:
+        kept_h, kept_w = int(kept_h // times), int(kept_w // times)
+    return Tiling((w, h), resized, (rows, columns), cut, (kept_h, kept_w), shrunk, kept_h,
+                  side * side + kept_h * (kept_w + 1))
+
+
+def load_image(path):
+    """An RGB PIL image, turned upright by its EXIF tag. Raises ValueError with one line about the file."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such picture; check the path")
+    try:
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path}: not a picture that Pillow can read; give a PNG, JPEG, WebP, ...") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as e:  # Pillow raises each of these on broken files
+        raise ValueError(f"{path}: broken picture ({e}); get it again") from None
+
+
+def to_rgb(image):
+    """RGB as the reference makes it (transparency is dropped), but greys of more than 8 bits are scaled, not clipped."""
+    if image.mode.startswith(("I", "F")):
+        grey = np.asarray(image).astype(np.float32)
+        top = 65535 if image.mode.startswith("I;16") else max(255, grey.max())
+        image = Image.fromarray((grey.clip(0, top) * (255 / top)).astype(np.uint8))
+    elif image.mode == "La":  # Pillow has no direct way
+        image = image.convert("LA")
+    return image.convert("RGB")
+
+
+# A byte's value in the network. Through float64, as Hugging Face's processor: bit for bit the same
+NORMALISED = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+
+
+def pixels(image, tiles, config):
+    """(tiles, 3, side, side) float32 in [-1, 1]: the base tile, then the grid row by row."""
+    size = config.tile, config.tile
+    if tiles.canvas is None:  # one of several pictures: square on grey 127, then one tile
+        square = Image.new("RGB", (max(image.size),) * 2, (127, 127, 127))
+        square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
+        crops = [square.resize(size, Image.BICUBIC)]
+    else:
+        canvas = Image.new("RGB", tiles.canvas)
+        (w, h), (rw, rh) = tiles.canvas, tiles.resized
+        canvas.paste(image.resize((rw, rh), Image.BICUBIC), ((w - rw) // 2, (h - rh) // 2))
+        crops = [image.resize(size, Image.BICUBIC)]  # the base tile is stretched, not padded
+        crops += [canvas.crop((x, y, x + config.tile, y + config.tile))
+                  for y in range(0, h, config.tile) for x in range(0, w, config.tile)]
+    return NORMALISED[np.stack([np.asarray(crop).transpose(2, 0, 1) for crop in crops])]
+
+
+class Picture(NamedTuple):
+    pixels: np.ndarray  # (tiles, 3, side, side)
+    tiling: Tiling
+
+
+def picture(image, config, alone=True):
+    """What the model needs of one PIL image."""
+    tiles = tiling(*image.size, config, alone)
+    return Picture(pixels(to_rgb(image), tiles, config), tiles)
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+def load_tokenizer(directory):
+    """The Qwen2 tokenizer of a checkpoint directory. Raises ValueError."""
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy it from the checkpoint's page or from Qwen/Qwen2-0.5B-Instruct")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer file ({e}); download it again") from None
+    for token in ("<|im_start|>", "<|im_end|>"):
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"{path}: has no token {token}; use the tokenizer of a Qwen2 chat model")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer):
+    """Rows that the embedding needs; files pad it to more (151936, 152000), with rows that were never trained."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def place_images(question, n):
+    """The question with n placeholders: before it, joined by spaces, then a newline; or where it has them already."""
+    if not question.replace(IMAGE, "").strip():
+        raise ValueError("the question is empty: ask something about the picture")
+    if IMAGE not in question:
+        return " ".join([IMAGE] * n) + "\n" + question if n else question
+    if question.count(IMAGE) != n:
+        raise ValueError(f"the question has {question.count(IMAGE)} {IMAGE} but {n} pictures were given: "
+                         "give one picture for each, or leave the placeholders out")
+    return question
+
+
+def chatml(turns, system=SYSTEM):
+    """The prompt string of a conversation: turns alternate user, assistant; after a user's turn the answer is due.
+
+    Built by hand, as the original does it; Hugging Face's templates for these models leave the system line out.
+    """
+    text = f"<|im_start|>system\n{system}<|im_end|>\n"
+    for i, turn in enumerate(turns):
+        text += f"<|im_start|>{'assistant' if i % 2 else 'user'}\n{turn}<|im_end|>\n"
+    return text + "<|im_start|>assistant\n" if len(turns) % 2 else text
+
+
+def split_shared(text):
+    """(what other questions about the same pictures share, the rest) of a prompt; tokens are the same as in one piece."""
+    cut = text.rindex(IMAGE) + len(IMAGE) if IMAGE in text else text.index("<|im_start|>user")
+    return text[:cut], text[cut:]
+
+
+class Prompt(NamedTuple):
+    """One prompt as two streams. Positions count text and visual tokens together, as LLaVA-OneVision does."""
+    ids: list        # text token ids
+    t_pos: list      # position of each text token
+    v_pos: list      # position of each visual token
+    pictures: list   # Picture, in order
+
+    @property
+    def end(self):
+        """The position after the last token."""
+        return 1 + max(self.t_pos[-1:] + self.v_pos[-1:], default=-1)
+
+
+def encode(text, tokenizer, pictures=(), start=0):
+    """Tokenises the text between the <image> placeholders and gives every token its place, from `start` on."""
+    chunks = text.split(IMAGE)
+    if len(chunks) != len(pictures) + 1:
+        raise ValueError(f"the text has {len(chunks) - 1} {IMAGE} but {len(pictures)} pictures were given")
+    ids, t_pos, v_pos = [], [], []
+    for i, chunk in enumerate(chunks):
+        new = tokenizer.encode(chunk, add_special_tokens=False).ids
+        ids += new
+        t_pos += range(start, start + len(new))
+        start += len(new)
+        if i < len(pictures):
+            v_pos += range(start, start + pictures[i].tiling.tokens)
+            start += pictures[i].tiling.tokens
+    return Prompt(ids, t_pos, v_pos, list(pictures))
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+class Batch(NamedTuple):
+    """Prompts padded on the right, in both streams, to the longest of them."""
+    ids: np.ndarray    # (B, Nt) int64; 0 where padded
+    t_pos: np.ndarray  # (B, Nt) int64; PAD, PAD + 1, ... where padded
+    v_pos: np.ndarray  # (B, Nv) likewise
+    pictures: list     # per prompt, its Pictures
+
+
+def collate(prompts):
+    def pad(rows, filler):
+        n = max(map(len, rows))
+        return np.array([list(row) + [filler + i * bool(filler) for i in range(n - len(row))] for row in rows],
+                        dtype=np.int64).reshape(len(rows), n)
+    return Batch(pad([p.ids for p in prompts], 0), pad([p.t_pos for p in prompts], PAD),
+                 pad([p.v_pos for p in prompts], PAD), [p.pictures for p in prompts])

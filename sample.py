@@ -1,0 +1,161 @@
+"""Ask questions about images.
+
+    python sample.py --image a.png --q "What is in the picture?"
+    python sample.py --image a.png --q "How many?" --q "Which colour?" --sa 1,4 --json
+
+The pictures are encoded and read once; every further question costs only its own text.
+"""
+import json
+import sys
+from pathlib import Path
+
+from config import Parser, run
+
+HERE = Path(__file__).parent
+
+
+def parse(argv=None):
+    p = Parser(description="Ask questions about images.", epilog="Answers go to stdout, one a line; all else to stderr.")
+    p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    p.add_argument("--q", action="append", required=True, metavar="TEXT", help="a question; may be given several times. "
+                   "<image> inside it puts a picture there; otherwise the pictures stand before it")
+    p.add_argument("--model", default="nano", metavar="NAME", help="checkpoint directory, hub id, or SIGLIP+QWEN2 "
+                   "(default: nano, the one beside this script)")
+    p.add_argument("--sa", default="auto", metavar="LAYERS", help="self-attention layers to run: auto, dense, none, or "
+                   "numbers such as 1,4,7 (default: auto)")
+    p.add_argument("--budget", type=float, metavar="F", help="run the costliest viable configuration whose prompt costs "
+                   "at most F of the dense language model's")
+    p.add_argument("--max-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature: draw from the likeliest "
+                   "tokens that hold probability P (default: 1)")
+    p.add_argument("--seed", type=int, default=0, help="for --temperature (default: 0)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="(default: auto)")
+    p.add_argument("--explain", metavar="FILE.png", help="draw where the (last) answer looked, layer by layer")
+    p.add_argument("--json", action="store_true", help="one JSON object per question instead of plain answers")
+    args = p.parse_args(argv)
+    for name, ok, what in (("max_tokens", args.max_tokens >= 1, "at least 1"),
+                           ("temperature", args.temperature >= 0, "0 or more"),
+                           ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+                           ("budget", args.budget is None or args.budget > 0, "above 0")):
+        if not ok:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number {what}")
+    if args.budget is not None and args.sa != "auto":
+        p.error("--budget chooses the configuration itself; leave --sa out")
+    return args
+
+
+def placement(device, dtype):
+    """(device, dtype), with the reason for what was left to us."""
+    import torch
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except Exception as e:  # torch raises its own kinds, one for each backend
+        raise ValueError(f"--device {device}: not to be had here ({str(e).splitlines()[0]})") from None
+    if dtype == "auto":
+        bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if bf16 else "float16" if device.startswith("cuda") else "float32"
+        print(f"{dtype}: the fastest that is safe on {device}", file=sys.stderr)
+    return device, getattr(torch, dtype)
+
+
+def configuration(args, config, text, vision):
+    """The self-attention layers to run for a prompt of `text` and `vision` tokens."""
+    from flops import within_budget
+    if args.budget is not None:
+        return within_budget(config, args.budget, text, vision)
+    if args.sa != "auto":
+        return config.configuration(args.sa)
+    if not config.viable:
+        return config.configuration("dense")
+    sa = max(config.viable, key=len)
+    print(f"this checkpoint has no router: running its full configuration, --sa {','.join(map(str, sa)) or 'none'}",
+          file=sys.stderr)
+    return sa
+
+
+class Stream:
+    """Writes an answer to the terminal as it comes. Bytes of a character that is not complete yet are held back."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
+
+    def __call__(self, _, token):
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
+        print(text[len(self.shown):], end="", flush=True)
+        self.shown = text
+
+
+def main():
+    args = parse()
+    import data
+    images = [data.load_image(path) for path in args.image]  # before the model: mistakes show at once
+    texts = [data.chatml([data.place_images(q, len(images))]) for q in args.q]
+    device, dtype = placement(args.device, args.dtype)
+
+    from model import VLM
+    nano = args.model == "nano" and not Path("nano").is_dir()
+    model = VLM.from_pretrained(HERE / "nano" if nano else args.model, dtype, device)
+    pictures = [data.picture(image, model.config, alone=len(images) == 1) for image in images]
+    stream = sys.stdout.isatty() and not args.json
+    caches = {}  # what has been seen: questions with the same beginning and configuration share it
+    for question, text in zip(args.q, texts):
+        shared, own = data.split_shared(text)
+        begin = data.encode(shared, model.tokenizer, pictures)
+        prompt = data.encode(own, model.tokenizer, start=begin.end)
+        n_text, n_vision = len(begin.ids) + len(prompt.ids), len(begin.v_pos)
+        sa = configuration(args, model.config, n_text, n_vision)
+        clock = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
+        first = (shared, sa) not in caches
+        if first:
+            caches[shared, sa] = model.see(begin, sa, room=len(prompt.ids) + args.max_tokens, clock=clock)
+        trace = {} if args.explain else None
+        tokens = model.ask(caches[shared, sa], prompt, max_tokens=args.max_tokens, temperature=args.temperature,
+                           top_p=args.top_p, seed=args.seed, trace=trace, clock=clock,
+                           on_token=Stream(model.tokenizer) if stream else None)
+        answer = model.tokenizer.decode(tokens).strip()
+        report = {"question": question, "answer": answer, "tokens": tokens, "sa": list(sa), "routed": False,
+                  "text_tokens": n_text, "vision_tokens": n_vision,
+                  "flops": cost(model.config, sa, begin, prompt, len(tokens), pictures, first),
+                  "seconds": {k: round(s, 4) for k, s in clock.items()}}
+        if args.json:
+            print(json.dumps(report), flush=True)
+        else:
+            print("" if stream else " ".join(answer.split("\n")), flush=True)
+        print(summary(report), file=sys.stderr)
+    if args.explain:
+        import explain
+        explain.draw(args.explain, images, pictures, begin, model.config, report, trace)
+        print(f"{args.explain}: where the last answer looked", file=sys.stderr)
+
+
+def cost(config, sa, begin, prompt, answer, pictures, first):
+    """FLOPs of one question as it was run: pictures and shared text count for the first question only."""
+    from flops import connector_flops, llm_flops, tower_flops
+
+    def llm(sa):
+        text, vision = len(begin.ids), len(begin.v_pos)
+        total = llm_flops(config, sa, text, vision) if first else 0
+        total += llm_flops(config, sa, len(prompt.ids), 0, text, vision)
+        return total + sum(llm_flops(config, sa, 1, 0, text + len(prompt.ids) + i, vision) for i in range(answer - 1))
+    tiles = sum(p.tiling.tiles for p in pictures) if first else 0
+    mine, dense = llm(sa), llm(range(config.layers))
+    return {"encoder": tower_flops(config, tiles) + connector_flops(config, tiles), "llm": mine, "llm_dense": dense,
+            "saving": round(dense / mine, 3)}
+
+
+def summary(report):
+    """One line for people: what it took."""
+    s, n = report["seconds"], len(report["tokens"])
+    rate = f" ({n / s['decode']:.1f} tokens/s)" if s["decode"] else ""
+    return (f"{report['text_tokens']} text + {report['vision_tokens']} visual tokens; encoder {s['encoder']:.2f} s, "
+            f"prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}; "
+            f"LLM {report['flops']['llm'] / 1e9:.3g} GFLOP, {report['flops']['saving']:.3g}x less than dense")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,67 @@
+"""Small models and pictures for the tests. `python -m tests.tiny DIR` writes a random checkpoint."""
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from config import Config
+from model import VLM
+
+
+def tokenizer():
+    """Bytes as tokens, and Qwen2's three special ones: 259 in all."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    t = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t.decoder = decoders.ByteLevel()
+    t.add_special_tokens([AddedToken(s, normalized=False) for s in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    return t
+
+
+def config(**changes):
+    """A model of 0.5 M parameters whose tiles are 4 x 4 patches."""
+    return Config(**{**dict(hidden=64, layers=6, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=259, rope_theta=1e4,
+                            vision_hidden=48, vision_layers=2, vision_heads=3, vision_ffn=96, tile=32, patch=8),
+                     **changes})
+
+
+def model(seed=0, visor=True, **changes):
+    """A model with weights large enough that every part matters to the logits, cross-attention included."""
+    torch.manual_seed(seed)
+    m = VLM(config(**changes))
+    m.tokenizer = tokenizer()
+    if visor:
+        m.add_cross_attention()
+    return shake(m).eval()
+
+
+@torch.no_grad()
+def shake(m, scale=1.0):
+    """Random weights at the scale of trained ones: products keep their size, no bias is zero, no norm is one."""
+    for name, p in m.named_parameters():
+        if p.ndim < 2:
+            p.add_(torch.randn_like(p) * 0.2 * scale)
+        elif "embed" in name and "patch" not in name:
+            p.normal_(0, scale)
+        else:
+            p.normal_(0, scale * (p[0].numel()) ** -0.5)
+    return m
+
+
+def image(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def write_random(directory, seed=0):
+    """A checkpoint that answers nonsense: something to run while there are no trained weights."""
+    torch.manual_seed(seed)
+    m = VLM(config(layers=12))
+    m.tokenizer = tokenizer()
+    m.add_cross_attention()
+    shake(m, 0.7).save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    write_random(sys.argv[1])
