@@ -124,7 +124,8 @@ def join_configs(vision_directory, llm_directory):
     if llm.get("model_type") != "qwen2":
         raise ValueError(f"{llm_directory}/config.json: model_type {llm.get('model_type')!r}, but qwen2 is needed")
     if vision.get("model_type") not in ("siglip", "siglip_vision_model"):
-        raise ValueError(f"{vision_directory}/config.json: model_type {vision.get('model_type')!r}, but siglip is needed")
+        raise ValueError(f"{vision_directory}/config.json: model_type {vision.get('model_type')!r}, but siglip is "
+                         "needed")
     return Config(**_qwen2(llm), **_siglip(vision.get("vision_config", vision), feature_layer=-2), stage="pretrained")
 
 
@@ -188,8 +189,8 @@ def _llava_hf(raw):
     pinpoints = raw.get("image_grid_pinpoints") or [(w * tile, h * tile) for w, h in PINPOINTS]
     ties = [c["tie_word_embeddings"] for c in (raw, text) if "tie_word_embeddings" in c]
     sizes["tied"] = bool(ties) and all(ties)  # hub files of the 0.5B say both; the loader looks for a head as well
-    return Config(**sizes, **_anyres(raw.get("vision_aspect_ratio", "anyres_max_9"), [p[::-1] for p in pinpoints], tile),
-                  unpad="hf", stage="pretrained")
+    grids = _anyres(raw.get("vision_aspect_ratio", "anyres_max_9"), [p[::-1] for p in pinpoints], tile)
+    return Config(**sizes, **grids, unpad="hf", stage="pretrained")
 
 
 def _llava_original(raw):

@@ -90,7 +90,7 @@ def load_image(path):
 
 
 def to_rgb(image):
-    """RGB as the reference makes it (transparency is dropped), but greys of more than 8 bits are scaled, not clipped."""
+    """RGB as the reference makes it (transparency is dropped), but deep greys are scaled, not clipped."""
     if image.mode.startswith(("I", "F")):
         grey = np.asarray(image).astype(np.float32)
         top = 65535 if image.mode.startswith("I;16") else max(255, grey.max())
@@ -178,7 +178,7 @@ def chatml(turns, system=SYSTEM):
 
 
 def split_shared(text):
-    """(what other questions about the same pictures share, the rest) of a prompt; tokens are the same as in one piece."""
+    """A prompt as (what other questions about the same pictures share, the rest), with the tokens of the whole."""
     cut = text.rindex(IMAGE) + len(IMAGE) if IMAGE in text else text.index("<|im_start|>user")
     return text[:cut], text[cut:]
 

@@ -18,7 +18,7 @@ def connector_flops(c, tiles):
 
 
 def llm_flops(c, sa, text, vision, past_text=0, past_vision=0):
-    """The language model over `text` and `vision` new tokens, after `past_*` ones in the cache, with one token's logits.
+    """The language model over `text` and `vision` new tokens, with the logits of one; `past_*` ones are in the cache.
 
     A prompt is text, vision > 0 with no past; each generated token is text = 1, vision = 0 with all else past.
     """
@@ -57,6 +57,7 @@ def within_budget(c, budget, text, vision):
     affordable = [sa for sa in costs if costs[sa] <= budget]
     if not affordable:
         cheapest = min(costs, key=costs.get)
-        raise ValueError(f"--budget {budget:g}: the cheapest viable configuration, {','.join(map(str, cheapest)) or 'none'}, "
-                         f"costs {costs[cheapest]:.3f} of dense; raise the budget to that")
+        raise ValueError(f"--budget {budget:g}: the cheapest viable configuration, --sa "
+                         f"{','.join(map(str, cheapest)) or 'none'}, costs {costs[cheapest]:.3f} of dense; raise the "
+                         "budget to that")
     return max(affordable, key=costs.get)

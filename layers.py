@@ -258,7 +258,7 @@ class KV:
         self.k, self.v = (like.new_zeros(batch, room, c.kv_heads, c.head_dim) for _ in "kv")
 
     def write(self, k, v, slots, top):
-        """Puts new k, v (B, N, Hkv, D) into slots (B, N), returns the first `top` slots. Grows as a conversation does."""
+        """Puts new k, v (B, N, Hkv, D) into slots (B, N), returns the first `top` slots. Grows if it must."""
         if top > self.k.shape[1]:
             self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, top - x.shape[1])) for x in (self.k, self.v))
         rows = torch.arange(len(k), device=k.device)[:, None]

@@ -23,7 +23,7 @@ from weights import find, open_weights, scan
 
 
 class VisionTower(nn.Module):
-    """SigLIP up to its last layer but one, without the final norm: LLaVA reads it there. Tiles do not see each other."""
+    """SigLIP up to its last layer but one, without the final norm. Tiles do not see each other."""
 
     def __init__(self, c):
         super().__init__()
@@ -127,7 +127,8 @@ def lay_out(t_pos, v_pos, sa, cross, cache, c, dtype):
         read = causal_span(past, pos.gather(1, order), c, ask=place[:, nv:]) if nv else both
     if top := max(n_vision) + nv:
         slots = torch.tensor(n_vision, device=v_pos.device)[:, None] + torch.arange(nv, device=v_pos.device)
-        seen = cross_span(t_pos, v_pos, slots, cache.see(v_pos, slots, top) if cache else v_pos, dtype) if cross else None
+        all_pos = cache.see(v_pos, slots, top) if cache else v_pos
+        seen = cross_span(t_pos, v_pos, slots, all_pos, dtype) if cross else None
     return Layout(order, place, nv, causal_span(n_text, t_pos, c), both, read, seen)
 
 
@@ -147,7 +148,7 @@ class VLM(nn.Module):
     # --- pictures to visual tokens ---
 
     def encode(self, pictures):
-        """A list of data.Picture -> one (tokens, d) tensor each. Tiles of all pictures go through the tower together."""
+        """A list of data.Picture -> one (tokens, d) tensor each. The tiles of all go through the tower together."""
         like = self.image_newline
         tiles = torch.cat([torch.from_numpy(p.pixels) for p in pictures]).to(like.device, like.dtype)
         features = [self.multi_modal_projector(self.vision_tower(x)) for x in tiles.split(16)]  # bounds the memory
@@ -155,7 +156,7 @@ class VLM(nn.Module):
         return [self.arrange(f, p.tiling) for f, p in zip(features, pictures)]
 
     def arrange(self, tiles, tiling):
-        """(tiles, side * side, d) -> (tokens, d): base tile, then the grid without its padding, rows ended by newlines."""
+        """(tiles, side * side, d) -> (tokens, d): base tile, then the grid unpadded, each row ended by a newline."""
         side, d = self.config.side, self.config.hidden
         base, newline = tiles[0], self.image_newline[None]
         if tiling.canvas is None:
@@ -178,8 +179,8 @@ class VLM(nn.Module):
         if pictures:
             with timed(clock, "encoder", device):
                 features = iter(self.encode(pictures))
-            v = torch.stack([F.pad(torch.cat([next(features) for _ in row]) if row else v[0, :0],
-                                   (0, 0, 0, v.shape[1] - sum(p.tiling.tokens for p in row))) for row in batch.pictures])
+            rows = [torch.cat([v[0, :0], *(next(features) for _ in row)]) for row in batch.pictures]
+            v = torch.stack([F.pad(row, (0, 0, 0, v.shape[1] - len(row))) for row in rows])
         return t, v, t_pos, v_pos
 
     # --- forward ---
@@ -191,9 +192,10 @@ class VLM(nn.Module):
             if not isinstance(sa, list):
                 return self.language_model(t, v, t_pos, v_pos, sa, cache, trace)
             h = torch.empty_like(t)
-            for configuration, rows in by_configuration(sa):  # nothing is computed for a route that a sample did not take
+            for configuration, rows in by_configuration(sa):  # each layer runs for the samples that need it
                 rows = torch.tensor(rows, device=t.device)
-                h = h.index_copy(0, rows, self.language_model(t[rows], v[rows], t_pos[rows], v_pos[rows], configuration))
+                part = self.language_model(t[rows], v[rows], t_pos[rows], v_pos[rows], configuration)
+                h = h.index_copy(0, rows, part)
             return h
 
     def head(self, h):
@@ -332,9 +334,10 @@ class VLM(nn.Module):
             model._start(module, dtype, device)
         model.tokenizer = tokenizer
         n = sum(p.numel() for p in model.parameters())
-        print(f"{name}: {n / 1e6:,.1f} M parameters, {str(dtype)[6:]} on {device}"
-              + (", head tied to the embedding" if config.tied else "") + (f", new: {', '.join(fresh)}" if fresh else "")
-              + (" -- its weights are RANDOM, answers mean nothing" if config.stage == "random" else ""), file=sys.stderr)
+        notes = [f"{name}: {n / 1e6:,.1f} M parameters", f"{str(dtype)[6:]} on {device}"]
+        notes += ["head tied to the embedding"] * config.tied + [f"new: {', '.join(fresh)}"] * bool(fresh)
+        notes += ["RANDOM weights: answers mean nothing"] * (config.stage == "random")
+        print(", ".join(notes), file=sys.stderr)
         return model.eval()
 
     def _check(self, files, unexpected, directories, joined):

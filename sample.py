@@ -15,23 +15,25 @@ HERE = Path(__file__).parent
 
 
 def parse(argv=None):
-    p = Parser(description="Ask questions about images.", epilog="Answers go to stdout, one a line; all else to stderr.")
+    p = Parser(description="Ask questions about images.",
+               epilog="Answers go to stdout, one a line; all else to stderr.")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
-    p.add_argument("--q", action="append", required=True, metavar="TEXT", help="a question; may be given several times. "
-                   "<image> inside it puts a picture there; otherwise the pictures stand before it")
+    p.add_argument("--q", action="append", required=True, metavar="TEXT", help="a question; may be given several "
+                   "times. <image> inside it puts a picture there; otherwise the pictures stand before it")
     p.add_argument("--model", default="nano", metavar="NAME", help="checkpoint directory, hub id, or SIGLIP+QWEN2 "
                    "(default: nano, the one beside this script)")
     p.add_argument("--sa", default="auto", metavar="LAYERS", help="self-attention layers to run: auto, dense, none, or "
                    "numbers such as 1,4,7 (default: auto)")
-    p.add_argument("--budget", type=float, metavar="F", help="run the costliest viable configuration whose prompt costs "
-                   "at most F of the dense language model's")
+    p.add_argument("--budget", type=float, metavar="F", help="run the costliest viable configuration whose prompt "
+                   "costs at most F of the dense language model's")
     p.add_argument("--max-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature: draw from the likeliest "
                    "tokens that hold probability P (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="for --temperature (default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="(default: auto)")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                   help="(default: auto)")
     p.add_argument("--explain", metavar="FILE.png", help="draw where the (last) answer looked, layer by layer")
     p.add_argument("--json", action="store_true", help="one JSON object per question instead of plain answers")
     args = p.parse_args(argv)
@@ -90,8 +92,8 @@ class Stream:
         self.shown = text
 
 
-def main():
-    args = parse()
+def main(argv=None):
+    args = parse(argv)
     import data
     images = [data.load_image(path) for path in args.image]  # before the model: mistakes show at once
     texts = [data.chatml([data.place_images(q, len(images))]) for q in args.q]

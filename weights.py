@@ -51,7 +51,7 @@ def our_name(key, config):
 
 
 def find(name):
-    """The directory of a checkpoint; a hub id is downloaded, config, tokenizer and weights only, or taken from its cache."""
+    """The directory of a checkpoint. Of a hub id, what is needed is downloaded, or taken from the hub's cache."""
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
@@ -59,9 +59,9 @@ def find(name):
                          "llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
     from huggingface_hub import snapshot_download  # half a second to import, and only hub ids need it
     try:
-        directory = snapshot_download(name, allow_patterns=["config.json", "tokenizer.json", "*.safetensors.index.json"])
-        return Path(snapshot_download(name, allow_patterns=["config.json", "tokenizer.json", "*.safetensors.index.json",
-                                                            *(f.name for f in weight_files(directory))]))
+        small = ["config.json", "tokenizer.json", "model.safetensors.index.json"]
+        directory = snapshot_download(name, allow_patterns=small)
+        return Path(snapshot_download(name, allow_patterns=[f.name for f in weight_files(directory)]))
     except Exception as e:  # the hub's own errors, the network's, and those of a proxy between
         raise ValueError(f"{name}: neither a directory here nor to be had from the hub "
                          f"({str(e).strip().splitlines()[0]})") from None

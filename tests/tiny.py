@@ -23,8 +23,8 @@ def tokenizer():
 def config(**changes):
     """A model of 0.5 M parameters whose tiles are 4 x 4 patches."""
     return Config(**{**dict(hidden=64, layers=6, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=259, rope_theta=1e4,
-                            vision_hidden=48, vision_layers=2, vision_heads=3, vision_ffn=96, tile=32, patch=8),
-                     **changes})
+                            tied=False, vision_hidden=48, vision_layers=2, vision_heads=3, vision_ffn=96, tile=32,
+                            patch=8), **changes})
 
 
 def model(seed=0, visor=True, **changes):

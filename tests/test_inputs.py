@@ -1,0 +1,143 @@
+"""Pictures and prompts: token counts, pixels, positions, ids."""
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+from config import PAD, Config
+from data import (chatml, collate, encode, load_image, picture, place_images, split_shared, tiling, to_rgb,
+                  vocabulary_size)
+from tests import tiny
+
+GOLDEN = {  # (width, height): grid rows, columns; kept rows, columns; tokens. By the original's rule
+    (224, 224): (1, 1, 27, 27, 1485), (384, 384): (1, 1, 27, 27, 1485), (500, 375): (1, 2, 27, 36, 1728),
+    (640, 480): (2, 2, 40, 54, 2929), (480, 640): (2, 2, 54, 40, 2943), (850, 600): (2, 3, 54, 77, 4941),
+    (1024, 768): (2, 3, 54, 73, 4725), (1000, 1400): (4, 3, 95, 68, 7284), (1700, 2200): (6, 5, 92, 71, 7353),
+    (1920, 1080): (3, 5, 60, 108, 7269), (3840, 2160): (4, 6, 61, 107, 7317), (400, 3000): (6, 1, 162, 21, 4293),
+    (3000, 400): (1, 6, 21, 162, 4152)}
+
+
+@pytest.mark.parametrize("size", GOLDEN, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("unpad", ["original", "hf"])
+def test_golden_counts(size, unpad):
+    t = tiling(*size, Config(unpad=unpad))
+    assert (*t.grid, *t.size, t.tokens) == GOLDEN[size]
+
+
+def test_original_and_hugging_face_round_differently():
+    sizes = {(820, 369): (2349, 2403), (1375, 1125): (8748, 7209)}
+    for size, counts in sizes.items():
+        assert tuple(tiling(*size, Config(unpad=rule)).tokens for rule in ("original", "hf")) == counts
+
+
+def test_several_pictures_cost_730_or_729():
+    """Training and Hugging Face end each picture with a newline; the original's evaluation does not."""
+    counts = [tiling(640, 480, Config(multi_image_newline=newline), alone=False).tokens for newline in (True, False)]
+    assert counts == [730, 729]
+    m = tiny.model(visor=False, multi_image_newline=False)
+    pictures = [picture(tiny.image(20, 30, i), m.config, alone=False) for i in range(2)]
+    assert [len(x) for x in m.encode(pictures)] == [16, 16]
+
+
+MID_STAGE = {"pinpoints": [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)], "max_tiles": None}  # plain "anyres"
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_tiles": None}, {"max_tiles": 2}, {"unpad": "hf"}, MID_STAGE], ids=str)
+def test_the_model_makes_as_many_tokens_as_the_function_says(changes):
+    m, rng = tiny.model(visor=False, **changes), random.Random(1)
+    for i in range(12):
+        p = picture(tiny.image(rng.randint(1, 300), rng.choice([1, rng.randint(1, 300)]), i), m.config)
+        assert len(p.pixels) == p.tiling.tiles
+        with torch.inference_mode():
+            assert m.encode([p])[0].shape == (p.tiling.tokens, 64)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (224, 224), (383, 385), (500, 375), (901, 77), (40, 1999),
+                                  (1023, 767), (1700, 2200), (2500, 31)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_pixels_equal_the_reference_bit_for_bit(size):
+    c, image = Config(), tiny.image(*size, seed=size[0])
+    reference = LlavaOnevisionImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    one = np.asarray(reference([image], return_tensors="np")["pixel_values"][0])
+    several = np.asarray(reference([[image, image]], return_tensors="np")["pixel_values"][0])
+    assert np.array_equal(one, picture(image, c).pixels)
+    assert np.array_equal(several, picture(image, c, alone=False).pixels)
+
+
+@pytest.mark.parametrize("mode", "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I F I;16 I;16B I;16L".split())
+def test_every_mode_becomes_rgb(mode):
+    assert to_rgb(Image.new(mode, (7, 5))).mode == "RGB"
+
+
+def test_deep_greys_are_scaled_not_clipped():
+    deep = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    assert np.asarray(to_rgb(Image.fromarray(deep)))[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert np.asarray(to_rgb(Image.fromarray(deep.astype(np.int32) // 257)))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_exif_rotation(tmp_path):
+    image, exif = Image.new("RGB", (40, 20)), Image.Exif()
+    exif[0x0112] = 6  # turn a quarter
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg").size == (20, 40)
+
+
+@pytest.fixture
+def qwen2():
+    """The real Qwen2 tokenizer, cut down to the words of these tests (Apache-2.0)."""
+    return Tokenizer.from_file(str(Path(__file__).parent / "qwen2_cut.json"))
+
+
+def test_golden_ids(qwen2):
+    c = Config()
+    p = picture(tiny.image(384, 384), c)
+    prompt = encode(chatml([place_images("What is shown in this image?", 1)]), qwen2, [p])
+    system = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
+    question = [198, 3838, 374, 6839, 304, 419, 2168, 30]
+    assert prompt.ids == [*system, 151644, 872, 198, *question, 151645, 198, 151644, 77091, 198]
+    assert prompt.t_pos == [*range(14), *range(14 + 1485, 14 + 1485 + 13)]
+    assert prompt.v_pos == list(range(14, 14 + 1485)) and prompt.end == 14 + 1485 + 13
+    assert vocabulary_size(qwen2) == 151648
+
+
+def test_several_turns(qwen2):
+    text = chatml(["<image>\nIs there a clock in the image?", "Yes", "What is shown in this image?"])
+    assert text.count("<|im_start|>") == 5 and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert chatml(["a", "b"]).endswith("assistant\nb<|im_end|>\n")  # nothing is due
+    assert encode(text.replace("<image>", ""), qwen2).v_pos == []
+
+
+def test_where_pictures_stand():
+    assert place_images("Q", 0) == "Q" and place_images("Q", 1) == "<image>\nQ"
+    assert place_images("Q", 3) == "<image> <image> <image>\nQ"
+    assert place_images("A <image> B <image>", 2) == "A <image> B <image>"
+    for question, n, what in (("A <image>", 2, "2 pictures"), ("<image> A", 0, "0 pictures"), ("", 1, "empty"),
+                              (" \n", 0, "empty"), ("<image>", 1, "empty")):
+        with pytest.raises(ValueError, match=what):
+            place_images(question, n)
+
+
+def test_prompt_in_two_pieces_is_the_same_prompt():
+    c, tokenizer = tiny.config(), tiny.tokenizer()
+    pictures = [picture(tiny.image(20, 30, i), c, alone=False) for i in range(2)]
+    for text in (chatml(["<image> <image>\nWhat?"]), chatml(["What <image> and <image>? Say"]), chatml(["\n\nHi"])):
+        shown = pictures[:text.count("<image>")]
+        whole = encode(text, tokenizer, shown)
+        shared, own = split_shared(text)
+        first = encode(shared, tokenizer, shown)
+        rest = encode(own, tokenizer, start=first.end)
+        assert (first.ids + rest.ids, first.t_pos + rest.t_pos, first.v_pos) == whole[:3] and rest.end == whole.end
+
+
+def test_collate_pads_on_the_right_with_positions_past_the_end():
+    c, tokenizer = tiny.config(), tiny.tokenizer()
+    p = picture(tiny.image(20, 30), c)
+    batch = collate([encode("ab<image>c", tokenizer, [p]), encode("abcde", tokenizer)])
+    assert batch.ids.shape == (2, 5) and batch.v_pos.shape == (2, p.tiling.tokens)
+    assert batch.t_pos[0].tolist() == [0, 1, 2 + p.tiling.tokens, PAD, PAD + 1]
+    assert batch.v_pos[1].tolist() == [PAD + i for i in range(p.tiling.tokens)]
+    assert collate([encode("abc", tokenizer)]).v_pos.shape == (1, 0)

@@ -1,0 +1,315 @@
+"""Every family of checkpoint gives the same model; broken ones give one line."""
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import config as settings
+from data import collate, encode, picture
+from model import VLM
+from tests import tiny
+
+TEXT = {"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 264, "rope_theta": 1e4, "rms_norm_eps": 1e-6}
+VISION = {"model_type": "siglip_vision_model", "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3,
+          "intermediate_size": 96, "image_size": 32, "patch_size": 8}
+PINPOINTS = [[w * 32, h * 32] for w in range(1, 7) for h in range(1, 7)]
+TOWER = {**VISION, "num_hidden_layers": 3}
+HF = {"model_type": "llava_onevision", "text_config": TEXT, "vision_config": VISION, "image_grid_pinpoints": PINPOINTS,
+      "vision_aspect_ratio": "anyres_max_9", "tie_word_embeddings": False}
+ORIGINAL = {**TEXT, "model_type": "llava", "mm_vision_tower": "tiny-siglip", "mm_projector_type": "mlp2x_gelu",
+            "mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres_max_9",
+            "image_grid_pinpoints": PINPOINTS, "mm_vision_select_layer": -2}
+
+FAMILIES = {  # our prefix -> theirs, and config.json
+    "llava-hf": ([("language_model.", "language_model.model."), ("lm_head", "language_model.lm_head"),
+                  ("vision_tower.", "vision_tower.vision_model.")], HF),
+    "transformers 5": ([("language_model.", "model.language_model."), ("vision_tower.", "model.vision_tower."),
+                        ("multi_modal_projector.", "model.multi_modal_projector."),
+                        ("image_newline", "model.image_newline")], HF),
+    "transformers 4.52": ([("language_model.", "model.language_model."),
+                           ("vision_tower.", "model.vision_tower.vision_model."),
+                           ("multi_modal_projector.", "model.multi_modal_projector."),
+                           ("image_newline", "model.image_newline")], HF),
+    "lmms-lab": ([("language_model.", "model."), ("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+                  ("multi_modal_projector.linear_1", "model.mm_projector.0"), ("image_newline", "model.image_newline"),
+                  ("multi_modal_projector.linear_2", "model.mm_projector.2")], ORIGINAL)}
+
+
+@pytest.fixture(autouse=True)
+def small_tower(monkeypatch):
+    monkeypatch.setitem(settings.VISION_TOWERS, "tiny-siglip", TOWER)
+
+
+def rename(tensors, table):
+    def theirs(name):
+        for ours, prefix in table:
+            if name.startswith(ours):
+                return prefix + name[len(ours):]
+        return name
+    return {theirs(k): v for k, v in tensors.items()}
+
+
+def write(directory, tensors, config, shards=1):
+    """A checkpoint directory with one file, or several and an index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    tiny.tokenizer().save(str(directory / "tokenizer.json"))
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors")
+        return directory
+    index = {}
+    for i in range(shards):
+        part = {k: tensors[k] for k in sorted(tensors)[i::shards]}
+        name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file(part, directory / name)
+        index.update(dict.fromkeys(part, name))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return directory
+
+
+def tensors_of(model, extra_layer=False, padding=0):
+    """Its weights as a file has them: with the unused post-layernorm; on demand a further tower layer, more rows."""
+    out = {k: v.detach().clone() for k, v in model.named_parameters()}
+    out["vision_tower.post_layernorm.weight"] = torch.ones(48)
+    out["vision_tower.post_layernorm.bias"] = torch.zeros(48)
+    if extra_layer:
+        out.update({k.replace("layers.1.", "layers.2."): v * 2 for k, v in out.items()
+                    if k.startswith("vision_tower.encoder.layers.1.")})
+    for name in ("language_model.embed_tokens.weight", "lm_head.weight"):
+        if padding and name in out:
+            out[name] = torch.cat([out[name], torch.randn(padding, 64)])
+    return out
+
+
+def answers_alike(a, b, tolerance=0.0):
+    prompt = encode("see <image>, what?", a.tokenizer, [picture(tiny.image(50, 70), a.config)])
+    dense = a.config.configuration("dense")
+    with torch.inference_mode():
+        return (a.head(a(collate([prompt]), dense)) - b.head(b(collate([prompt]), dense))).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(tmp_path, family, tied, shards):
+    model = tiny.model(visor=False, tied=tied)
+    table, config = FAMILIES[family]
+    tensors = rename(tensors_of(model, extra_layer=family == "lmms-lab", padding=5), table)
+    loaded = VLM.from_pretrained(write(tmp_path / "c", tensors, config, shards))
+    assert loaded.config.tied is tied and loaded.config.vocab == 259  # the padded rows are cut
+    assert loaded.config.unpad == ("original" if family == "lmms-lab" else "hf")
+    assert answers_alike(model, loaded)
+
+
+@pytest.mark.parametrize("feature_layer, in_config, in_file", [(-1, 2, 2), (-2, 3, 3), (-1, 2, 3)])
+def test_tower_with_the_layer_that_is_not_used(tmp_path, feature_layer, in_config, in_file):
+    model = tiny.model(visor=False)
+    table, config = FAMILIES["llava-hf"]
+    config = {**config, "vision_feature_layer": feature_layer,
+              "vision_config": {**VISION, "num_hidden_layers": in_config}}
+    tensors = rename(tensors_of(model, extra_layer=in_file == 3), table)
+    assert answers_alike(model, VLM.from_pretrained(write(tmp_path / "c", tensors, config)))
+
+
+@pytest.mark.parametrize("in_file", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("asked", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dtypes(tmp_path, in_file, asked):
+    model = tiny.model(visor=False)
+    table, config = FAMILIES["llava-hf"]
+    write(tmp_path / "c", {k: v.to(in_file) for k, v in rename(tensors_of(model), table).items()}, config)
+    loaded = dict(VLM.from_pretrained(tmp_path / "c", dtype=asked).named_parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(loaded[name], p.to(in_file).to(asked)), name
+
+
+def test_siglip_and_qwen2_directories(tmp_path, capsys):
+    """Only the connector and the newline are new, and that is said."""
+    model = tiny.model(visor=False, tied=True)
+    tensors = tensors_of(model, extra_layer=True)
+    tower = {"vision_model" + k.removeprefix("vision_tower"): v for k, v in tensors.items() if k.startswith("vision")}
+    tower |= {"text_model.head.weight": torch.zeros(3), "logit_scale": torch.zeros(1), "logit_bias": torch.zeros(1),
+              "vision_model.head.probe": torch.zeros(1, 1, 48)}
+    write(tmp_path / "siglip", tower, {"model_type": "siglip", "vision_config": TOWER})
+    llm = {k.replace("language_model.", "model."): v for k, v in tensors.items() if k.startswith("language_model.")}
+    write(tmp_path / "qwen2", llm, {**TEXT, "tie_word_embeddings": True})
+    loaded = VLM.from_pretrained(f"{tmp_path}/siglip+{tmp_path}/qwen2")
+    assert "new: image_newline, multi_modal_projector" in capsys.readouterr().err
+    theirs, ours = dict(loaded.named_parameters()), dict(model.named_parameters())
+    same = {k for k in ours if torch.equal(ours[k], theirs[k])}
+    assert {k.split(".")[0] for k in set(ours) - same} == {"multi_modal_projector", "image_newline"}
+    loaded.save_pretrained(tmp_path / "joined")
+    assert answers_alike(loaded, VLM.from_pretrained(tmp_path / "joined"))
+
+
+@pytest.mark.parametrize("visor", [False, True])
+def test_what_is_saved_is_loaded(tmp_path, visor):
+    model = tiny.model(visor=visor, tied=False, unpad="hf", max_tiles=None)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "notes.txt").write_text("not ours")
+    model.save_pretrained(tmp_path / "c")
+    model.save_pretrained(tmp_path / "c")  # over itself
+    loaded = VLM.from_pretrained(tmp_path / "c")
+    assert loaded.config == model.config and answers_alike(model, loaded)
+    names = sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
+    assert names == ["config.json", "model.safetensors", "notes.txt", "tokenizer.json"]
+
+
+def test_memory_while_loading(tmp_path):
+    """Peak memory stays below 1.2 times the weights, also when the file has another dtype (as Linux's /proc tells)."""
+    big = VLM(tiny.config(hidden=1024, ffn=4096, layers=6, heads=16, head_dim=64)).to(torch.bfloat16)
+    big.tokenizer = tiny.tokenizer()
+    big.save_pretrained(tmp_path / "c")
+    tiny.model().save_pretrained(tmp_path / "small")  # loaded first, so that only the weights count
+    weights = sum(p.numel() for p in big.parameters()) * 4
+    code = ("import model; peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
+            f"model.VLM.from_pretrained({str(tmp_path / 'small')!r}); before = peak()\n"
+            f"m = model.VLM.from_pretrained({str(tmp_path / 'c')!r}); print(peak() - before)")
+    used = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 0.9 * weights < used < 1.2 * weights, used / weights
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+class Hub(BaseHTTPRequestHandler):
+    """Serves one repository as the hub does, and notes what was fetched."""
+    files, fetched = {}, []
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        name = path.split("/resolve/", 1)[-1].partition("/")[2]
+        if path.startswith("/api/models/some/repo"):
+            if "/tree/" in path:
+                body = json.dumps([{"type": "file", "path": f, "size": len(b), "oid": "0"}
+                                   for f, b in self.files.items()])
+            else:
+                body = json.dumps({"_id": "0", "id": "some/repo", "sha": "a" * 40,
+                                   "siblings": [{"rfilename": f} for f in self.files]})
+            body = body.encode()
+        elif "/resolve/" in path and name in self.files:
+            body = self.files[name]
+            if self.command == "GET":
+                self.fetched.append(name)
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{abs(hash(name)):040x}"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def load_from_hub(home, endpoint, name="some/repo", **env):
+    code = f"import model; m = model.VLM.from_pretrained({name!r}); print(sum(p.sum() for p in m.parameters()).item())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={
+        **os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*", **env})
+
+
+def test_hub_downloads_only_what_is_needed_and_works_offline(tmp_path):
+    model = tiny.model(visor=False)
+    write(tmp_path / "repo", rename(tensors_of(model), FAMILIES["llava-hf"][0]), HF, shards=2)
+    Hub.files = {p.name: p.read_bytes() for p in (tmp_path / "repo").iterdir()}
+    Hub.files |= dict.fromkeys(("README.md", "training_args.bin", "other.safetensors", "tokenizer_config.json"), b"x")
+    Hub.fetched.clear()
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    online = load_from_hub(tmp_path / "home", endpoint)
+    server.shutdown()
+    server.server_close()
+    expected = sum(p.sum() for p in model.parameters()).item()
+    assert online.returncode == 0 and float(online.stdout) == pytest.approx(expected, rel=1e-5), online.stderr
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert sorted(Hub.fetched) == ["config.json", *shards, "model.safetensors.index.json", "tokenizer.json"]
+    for env in ({"HF_HUB_OFFLINE": "1"}, {}):  # told that it is offline, and finding out
+        offline = load_from_hub(tmp_path / "home", endpoint, **env)
+        assert offline.returncode == 0 and offline.stdout == online.stdout, offline.stderr
+    unknown = load_from_hub(tmp_path / "home", endpoint, name="some/other", HF_HUB_OFFLINE="1")
+    assert "ValueError: some/other: neither a directory here nor to be had from the hub" in unknown.stderr
+
+
+# --- broken checkpoints: each error names the file or the tensor ----------------------------------------------------
+
+@pytest.fixture
+def good(tmp_path):
+    model = tiny.model(visor=False)
+    table, config = FAMILIES["llava-hf"]
+    return write(tmp_path / "c", rename(tensors_of(model), table), config, shards=2)
+
+
+def change(directory, edit):
+    """Edits the tensors of the first shard in place."""
+    file = min(directory.glob("*.safetensors"))
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+
+def set_config(directory, **changes):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+NORM = "language_model.model.norm.weight"
+BROKEN = {
+    "no weights": (lambda d: [f.unlink() for f in d.glob("model*")], "model.safetensors is missing"),
+    "shard missing": (lambda d: max(d.glob("*.safetensors")).unlink(), "model-00002-of-00002.safetensors is missing"),
+    "truncated": (lambda d: os.truncate(min(d.glob("*.safetensors")), 3000), "00001-of-00002.safetensors: truncated"),
+    "not safetensors": (lambda d: min(d.glob("*.safetensors")).write_text("hello"), "00001-of-00002.safetensors: tr"),
+    "empty file": (lambda d: os.truncate(min(d.glob("*.safetensors")), 0), "00001-of-00002.safetensors: truncated"),
+    "index broken": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "index.json is broken"),
+    "tensor missing": (lambda d: change(d, lambda t: t.pop(next(k for k in t if ".mlp." in k))), "missing: "),
+    "tensor unexpected": (lambda d: change(d, lambda t: t.update(extra=torch.ones(2))), "unexpected: extra"),
+    "tensor twice": (lambda d: change(d, lambda t: t.update({"model.image_newline": torch.ones(64),
+                                                             "image_newline": torch.ones(64)})), "unexpected: "),
+    "wrong shape": (lambda d: change(d, lambda t: [t.update({k: v[:1]}) for k, v in list(t.items())[:1]]), "has shape"),
+    "other size": (lambda d: set_config(d, text_config={**TEXT, "hidden_size": 32, "head_dim": 16}), "has shape"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    "config not json": (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "unknown family": (lambda d: set_config(d, model_type="bert"), "config.json: model_type 'bert'"),
+    "unknown language model": (lambda d: set_config(d, text_config={**TEXT, "model_type": "llama"}), "'llama'"),
+    "unknown activation": (lambda d: set_config(d, text_config={**TEXT, "hidden_act": "gelu"}), "hidden_act 'gelu'"),
+    "unknown aspect": (lambda d: set_config(d, vision_aspect_ratio="pad"), "aspect ratio 'pad'"),
+    "config incomplete": (lambda d: (d / "config.json").write_text('{"model_type": "llava_onevision"}'), "is missing"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_checkpoints(good, what):
+    damage, message = BROKEN[what]
+    damage(good)
+    with pytest.raises(ValueError) as error:
+        VLM.from_pretrained(good)
+    text = str(error.value)
+    assert message in text and str(good) in text and "\n" not in text
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(ValueError, match="no such directory"):
+        VLM.from_pretrained(tmp_path / "nowhere")
+
+
+def test_no_import_of_transformers():
+    """The reference implementation stays in the tests, and flops.py needs no torch."""
+    for file in Path(__file__).parent.parent.glob("*.py"):
+        assert "import transformers" not in file.read_text() and "from transformers" not in file.read_text()
+    for ours, theirs in (("sample, model", "transformers"), ("data, flops", "torch")):
+        subprocess.run([sys.executable, "-c", f"import sys, {ours}; assert {theirs!r} not in sys.modules"], check=True)

@@ -1,0 +1,205 @@
+"""The command line: answers, JSON, and one line for every mistake."""
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from data import chatml, encode, picture, place_images
+from model import VLM, choose
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a checkpoint and some pictures."""
+    d = tmp_path_factory.mktemp("sample")
+    tiny.model().save_pretrained(d / "model")
+    tiny.model(visor=False).save_pretrained(d / "dense")
+    tiny.image(60, 40).save(d / "a.png")
+    tiny.image(30, 50, 1).save(d / "b.jpg")
+    return d
+
+
+def call(capsys, *words):
+    """(exit status, stdout, stderr) of sample.py with these words, in this process."""
+    try:
+        sample.run(lambda: sample.main([str(w) for w in words]))
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    return status, *capsys.readouterr()
+
+
+def test_answers_one_a_line(place, capsys):
+    status, out, err = call(capsys, "--model", place / "model", "--image", place / "a.png", "--q", "one", "--q", "two",
+                            "--max-tokens", 5)
+    assert status == 0 and len(out.split("\n")) == 3
+    assert "encoder" in err and "prefill" in err and "decode" in err
+
+
+def test_json_is_complete_and_true(place, capsys):
+    words = ["--model", place / "model", "--image", place / "a.png", "--image", place / "b.jpg", "--sa", "1,4",
+             "--max-tokens", 6, "--json", "--q", "What?", "--q", "And <image> beside <image>?"]
+    status, out, err = call(capsys, *words)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and len(rows) == 2
+    model = VLM.from_pretrained(place / "model")
+    pictures = [picture(Image.open(place / name), model.config, alone=False) for name in ("a.png", "b.jpg")]
+    for row, question in zip(rows, ("What?", "And <image> beside <image>?")):
+        assert set(row) == {"question", "answer", "tokens", "sa", "routed", "text_tokens", "vision_tokens", "flops",
+                            "seconds"}
+        prompt = encode(chatml([place_images(question, 2)]), model.tokenizer, pictures)
+        assert row["tokens"] == model.generate([prompt], (1, 4), max_tokens=6)[0]
+        assert row["answer"] == model.tokenizer.decode(row["tokens"]).strip()
+        assert (row["sa"], row["routed"], row["text_tokens"]) == ([1, 4], False, len(prompt.ids))
+        assert row["vision_tokens"] == 2 * (16 + 1)
+        assert set(row["flops"]) == {"encoder", "llm", "llm_dense", "saving"} and row["flops"]["saving"] > 1
+        assert set(row["seconds"]) == {"encoder", "prefill", "decode"} and row["seconds"]["encoder"] > 0
+    again = [json.loads(line)["tokens"] for line in call(capsys, *words)[1].splitlines()]
+    assert again == [row["tokens"] for row in rows] and len(set(again[0])) > 1  # two runs are equal
+
+
+def test_second_question_does_not_pay_for_the_picture(place, capsys):
+    _, out, _ = call(capsys, "--model", place / "model", "--image", place / "a.png", "--q", "a", "--q", "b", "--json")
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert first["flops"]["encoder"] > 0 and second["flops"]["encoder"] == 0 and second["seconds"]["encoder"] == 0
+    assert second["flops"]["llm"] < first["flops"]["llm"]
+
+
+def test_no_picture_and_dense_default(place, capsys):
+    status, out, err = call(capsys, "--model", place / "dense", "--q", "hi", "--json", "--max-tokens", 3)
+    row = json.loads(out)
+    assert status == 0 and row["vision_tokens"] == 0 and row["sa"] == list(range(6)) and row["flops"]["saving"] == 1
+
+
+def test_auto_without_a_router_runs_the_full_configuration_and_says_so(place, capsys):
+    _, out, err = call(capsys, "--model", place / "model", "--q", "hi", "--json", "--max-tokens", 1)
+    assert json.loads(out)["sa"] == [1, 4] and "no router" in err
+
+
+def test_random_weights_are_announced(place, capsys):
+    assert "RANDOM" in call(capsys, "--model", place / "model", "--q", "hi")[2]
+
+
+def test_budget_takes_the_costliest_that_fits(place, capsys):
+    words = ["--model", place / "model", "--image", place / "a.png", "--q", "hi", "--json", "--max-tokens", 1]
+    assert json.loads(call(capsys, *words, "--budget", 1)[1])["sa"] == [1, 4]
+    costs = {sa: json.loads(call(capsys, *words, "--sa", sa)[1])["flops"] for sa in ("none", "1", "1,4")}
+    one = costs["1"]["llm"] / costs["1"]["llm_dense"]
+    assert json.loads(call(capsys, *words, "--budget", one + 0.01)[1])["sa"] == [1]
+
+
+def test_temperature_and_top_p():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, 4)
+    draw = lambda t, p, seed=0: choose(logits, t, p, torch.Generator().manual_seed(seed))
+    assert (draw(0, 1) == 0).all() and (draw(1, 0.1) == 0).all()
+    share = draw(1, 1).bincount(minlength=4) / 4000
+    assert torch.allclose(share, logits[0].softmax(0), atol=0.03)
+    nucleus = draw(1, 0.8)  # .64 and .24 hold .88
+    assert set(nucleus.tolist()) == {0, 1} and abs((nucleus == 0).float().mean() - 0.644 / 0.881) < 0.03
+    assert torch.equal(draw(1, 1), draw(1, 1)) and not torch.equal(draw(1, 1), draw(1, 1, seed=1))
+    assert (draw(0.1, 1) == 0).float().mean() > 0.99
+
+
+def test_streaming_holds_back_incomplete_characters(capsys):
+    tokenizer = tiny.tokenizer()
+    stream = sample.Stream(tokenizer)
+    seen = []
+    for token in tokenizer.encode("aé€b").ids:
+        stream(0, token)
+        seen.append(capsys.readouterr().out)
+    assert seen == ["a", "", "é", "", "", "€", "b"]
+
+
+def test_streams_to_a_terminal(place, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    words = ["--model", str(place / "model"), "--image", str(place / "a.png"), "--q", "one", "--max-tokens", "5"]
+    sample.main(words)
+    tokens = VLM.from_pretrained(place / "model")
+    prompt = encode(chatml(["<image>\none"]), tokens.tokenizer, [picture(Image.open(place / "a.png"), tokens.config)])
+    answer = tokens.tokenizer.decode(tokens.generate([prompt], (1, 4), max_tokens=5)[0])
+    assert terminal.getvalue() == answer.rstrip("\ufffd") + "\n"
+
+
+def bomb(path):
+    """A PNG of a few bytes that says it is 30,000 x 20,000."""
+    import struct
+    import zlib
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 20000, 8, 2, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+
+PICTURES = {
+    "text.png": (lambda p: p.write_text("I am a text"), "not a picture"),
+    "empty.png": (lambda p: p.write_bytes(b""), "not a picture"),
+    "half.jpg": (lambda p: (tiny.image(300, 300).save(p), p.write_bytes(p.read_bytes()[:9000])), "broken picture"),
+    "half.png": (lambda p: (tiny.image(300, 300).save(p), p.write_bytes(p.read_bytes()[:9000])), "broken picture"),
+    "bomb.png": (bomb, "pixels; make it smaller"),
+    "nowhere.png": (lambda p: None, "no such picture"),
+    "folder.png": (lambda p: p.mkdir(), "no such picture")}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_broken_pictures(place, tmp_path, capsys, name):
+    make, message = PICTURES[name]
+    make(tmp_path / name)
+    status, out, err = call(capsys, "--model", place / "model", "--image", tmp_path / name, "--q", "hi")
+    assert status == 2 and out == "" and err.splitlines()[-1].startswith(f"error: {tmp_path / name}") and message in err
+    assert len(err.splitlines()) == 1 and "Traceback" not in err
+
+
+WORDS = {
+    "--q ''": (["--q", ""], "the question is empty"),
+    "no --q": (["--image", "x.png"], "--q"),
+    "--sa beyond": (["--q", "hi", "--sa", "1,6"], "--sa 1,6: there is no layer 6; this model has layers 0 to 5"),
+    "--sa words": (["--q", "hi", "--sa", "all"], "--sa all: give"),
+    "--sa negative": (["--q", "hi", "--sa=-1"], "--sa -1: give"),
+    "--budget 0": (["--q", "hi", "--budget", "0"], "--budget"),
+    "--budget too small": (["--q", "hi", "--budget", "0.01"], "raise the budget"),
+    "--budget and --sa": (["--q", "hi", "--budget", "0.5", "--sa", "1"], "leave --sa out"),
+    "--max-tokens 0": (["--q", "hi", "--max-tokens", "0"], "--max-tokens 0: give a number at least 1"),
+    "--top-p 0": (["--q", "hi", "--top-p", "0"], "--top-p"),
+    "--temperature -1": (["--q", "hi", "--temperature", "-1"], "--temperature"),
+    "--device": (["--q", "hi", "--device", "warp"], "--device warp"),
+    "--nonsense": (["--q", "hi", "--nonsense"], "--nonsense"),
+    "too many <image>": (["--q", "<image> hi"], "0 pictures"),
+    "no model": (["--q", "hi", "--model", "no-such-thing"], "no-such-thing: no such directory")}
+
+
+@pytest.mark.parametrize("what", WORDS)
+def test_bad_words(place, capsys, what):
+    words, message = WORDS[what]
+    model = [] if "--model" in words else ["--model", place / "model"]
+    status, out, err = call(capsys, *model, *words)
+    last = err.splitlines()[-1]
+    assert status == 2 and out == "" and last.startswith("error: ") and message in last
+
+
+def test_one_pixel_is_a_picture(place, tmp_path, capsys):
+    tiny.image(1, 1).save(tmp_path / "dot.png")
+    status, out, _ = call(capsys, "--model", place / "model", "--image", tmp_path / "dot.png", "--q", "hi", "--json")
+    assert status == 0 and json.loads(out)["vision_tokens"] > 0
+
+
+def test_as_a_program(place):
+    """Default model, from another directory; and an error's exit status, without a traceback."""
+    def program(*words):
+        return subprocess.run([sys.executable, ROOT / "sample.py", *words], capture_output=True, text=True, cwd=place)
+    done = program("--image", "a.png", "--q", "hi", "--max-tokens", "3")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
+    failed = program("--image", "c.png", "--q", "hi")
+    assert failed.returncode == 2 and failed.stderr == "error: c.png: no such picture; check the path\n"
+    assert program("--help").returncode == 0
