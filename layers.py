@@ -304,8 +304,9 @@ class Cache:
     def rewind(self, mark):
         """Forgets what came after the mark; its slots will be written again."""
         self.n_text, self.n_vision = list(mark[0]), list(mark[1])
-        for row, n in zip(self.v_pos, self.n_vision):
-            row[n:] = PAD
+        slots = torch.arange(self.v_pos.shape[1], device=self.v_pos.device)
+        forgotten = slots >= torch.tensor(self.n_vision, device=slots.device)[:, None]
+        self.v_pos = self.v_pos.masked_fill(forgotten, PAD)
 
     @property
     def nbytes(self):

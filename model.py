@@ -209,7 +209,7 @@ class VLM(nn.Module):
 
     # --- generation ---
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, prompts, sa, max_tokens=64, temperature=0.0, top_p=1.0, seed=0, cache=None, on_token=None,
                  trace=None, clock=None):
         """Answers to a list of data.Prompt: a list of token id lists, without the closing <|im_end|>.
@@ -256,7 +256,7 @@ class VLM(nn.Module):
 
     # --- encode once, ask many ---
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def see(self, prompt, sa, room=512, clock=None):
         """Runs what several questions share, the system text and the pictures, once: a Cache for `ask`.
 
@@ -267,7 +267,7 @@ class VLM(nn.Module):
         self(collate([prompt]), sa, cache, clock=clock)
         return cache
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def ask(self, cache, prompt, keep=False, **how):
         """The answer (token ids) to a prompt that goes on from the cache: data.encode(..., start=cache.end).
 

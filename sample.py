@@ -43,6 +43,8 @@ def parse(argv=None):
                            ("budget", args.budget is None or args.budget > 0, "above 0")):
         if not ok:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number {what}")
+    if args.explain and not args.image:
+        p.error("--explain draws a picture: give one with --image")
     if args.budget is not None and args.sa != "auto":
         p.error("--budget chooses the configuration itself; leave --sa out")
     return args
@@ -131,7 +133,7 @@ def main(argv=None):
         print(summary(report), file=sys.stderr)
     if args.explain:
         import explain
-        explain.draw(args.explain, images, pictures, begin, model.config, report, trace)
+        explain.draw(args.explain, images, pictures, begin.v_pos, model.config, report, trace)
         print(f"{args.explain}: where the last answer looked", file=sys.stderr)
 
 

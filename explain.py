@@ -1,0 +1,174 @@
+"""A picture of what the model did: the image and its tiles, the layers by kind, and where the answer looked in each.
+
+Drawn with Pillow alone. Used by `sample.py --explain out.png`.
+"""
+import textwrap
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+INK, PALE, PAPER = (32, 33, 36), (112, 117, 125), (255, 255, 255)
+KINDS = {"text-only": (218, 221, 226), "cross-attention": (72, 133, 237), "self-attention": (240, 140, 30)}
+HEAT = np.array([[10, 8, 40], [90, 20, 110], [190, 55, 80], [245, 130, 30], [255, 230, 120]], dtype=float)
+WIDTH, MARGIN, GAP = 1600, 48, 20
+
+
+def draw(path, images, pictures, v_pos, config, report, trace):
+    """Writes the PNG.
+
+    images and pictures: PIL images and their data.Picture; v_pos: positions of their visual tokens in the prompt;
+    report: sample.py's row about the question; trace: LanguageModel.forward's, layer -> [weights (1, keys) a token].
+    """
+    maps = {l: heat(weights, l in report["sa"], v_pos, pictures, config) for l, weights in sorted(trace.items())}
+    columns = 6
+    cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
+    thumbs = {l: montage(images, m, cell) for l, (m, _) in maps.items()}
+    line = max((t.height for t in thumbs.values()), default=0) + 52
+    shown = fit(tiled(images, pictures, config), 520, 380)
+    top = 150 + 34 * len(textwrap.wrap(report["answer"] or " ", 90)[:3])
+    heads = top + max(shown.height, 250) + 70
+    page = Image.new("RGB", (WIDTH, heads + line * -(-len(maps) // columns) + MARGIN - 10), PAPER)
+    pen = ImageDraw.Draw(page)
+
+    write(pen, MARGIN, 36, textwrap.shorten(report["question"].replace("\n", " "), 90), 34)
+    y = 88
+    for row in textwrap.wrap(report["answer"] or "(no answer)", 90)[:3]:
+        y = write(pen, MARGIN, y, row, 26, PALE) + 8
+
+    page.paste(shown, (MARGIN, top))
+    grids = [f"{p.tiling.tiles} tile{'s' * (p.tiling.tiles > 1)}, {p.tiling.tokens:,} tokens" for p in pictures]
+    write(pen, MARGIN, top + shown.height + 10, "; ".join(grids), 18, PALE)
+
+    left = MARGIN + 520 + 2 * GAP
+    strip(pen, left, top, WIDTH - MARGIN - left, config, report["sa"])
+    flops = report["flops"]
+    facts = [f"Language model: {flops['saving']:.1f}x fewer operations than dense",
+             f"{flops['llm'] / 1e9:,.4g} instead of {flops['llm_dense'] / 1e9:,.4g} GFLOP; "
+             f"the vision encoder takes {flops['encoder'] / 1e9:,.4g}",
+             f"{report['text_tokens']} text and {report['vision_tokens']:,} visual tokens, "
+             f"{len(report['tokens'])} tokens of answer"]
+    y = top + 150
+    for i, fact in enumerate(facts):
+        y = write(pen, left, y, fact, 20 if i else 30, PALE if i else INK) + 14
+
+    write(pen, MARGIN, heads - 16, "Where the answer looked, each layer on its own scale from dark to bright", 24)
+    for i, (l, (_, share)) in enumerate(maps.items()):
+        x, y = MARGIN + i % columns * (cell + GAP), heads + 26 + i // columns * line
+        kind = "self-attention" if l in report["sa"] else "cross-attention"
+        pen.rectangle((x, y, x + cell - 1, y + 4), fill=KINDS[kind])
+        page.paste(thumbs[l], (x, y + 5))
+        note = f"layer {l}, self: {share:.0%} on the picture" if l in report["sa"] else f"layer {l}, cross"
+        write(pen, x, y + thumbs[l].height + 9, note, 16, PALE)
+    page.save(path)
+
+
+def heat(weights, over_both, v_pos, pictures, config):
+    """([one (h, w) array a picture], the share of all attention that went to the pictures), mean over the tokens.
+
+    A self-attention layer's keys are in order of position, text among them; a cross-attention's are the visual tokens.
+    """
+    rows = [w[0].float().cpu().numpy() for w in weights]
+    rows = np.mean([row[v_pos] if over_both else row[:len(v_pos)] for row in rows], axis=0)
+    maps, start, side = [], 0, config.side
+    for p in pictures:
+        w = rows[start:start + p.tiling.tokens]
+        start += p.tiling.tokens
+        base = w[:side * side].reshape(side, side)
+        if p.tiling.canvas is None:
+            maps.append([base])
+        else:  # the last column is newlines, which show nothing
+            h, wide = p.tiling.size
+            maps.append([base, w[side * side:].reshape(h, wide + 1)[:, :-1]])
+    return maps, float(rows.sum())
+
+
+def montage(images, maps, width):
+    """The images side by side, dimmed, with their heat on top; one scale for all of them, from low to high."""
+    layers = []
+    for image, parts in zip(images, maps):
+        w, h = image.size
+        total = np.zeros((h, w))
+        for part in parts:
+            density = part * part.size  # attention per area: base tile and grid show the same picture
+            box = square_box(w, h) if len(parts) == 1 else None  # one of several pictures was padded to a square
+            stretched = Image.fromarray(density.astype(np.float32)).resize(
+                (max(w, h),) * 2 if box else (w, h), Image.BICUBIC)
+            total += np.asarray(stretched.crop(box) if box else stretched)
+        layers.append(total.clip(0))
+    low, high = (np.quantile(np.concatenate([t.ravel() for t in layers]), q) for q in (0.05, 0.995))
+    out = []
+    for image, total in zip(images, layers):
+        x = ((total - low) / max(high - low, 1e-9)).clip(0, 1)[..., None]
+        grey = np.asarray(image.convert("L"), dtype=float)[..., None] * 0.45 + 20
+        at = x[..., 0] * (len(HEAT) - 1)
+        below = at.astype(int).clip(0, len(HEAT) - 2)
+        colour = HEAT[below] + (HEAT[below + 1] - HEAT[below]) * (at - below)[..., None]
+        mix = 0.25 + 0.55 * x
+        out.append(Image.fromarray((grey * (1 - mix) + colour * mix).astype(np.uint8)))
+    return fit(side_by_side(out), width, width * 2)
+
+
+def square_box(w, h):
+    m = max(w, h)
+    return (m - w) // 2, (m - h) // 2, (m - w) // 2 + w, (m - h) // 2 + h
+
+
+def tiled(images, pictures, config):
+    """The images side by side, with the borders of their tiles."""
+    out = []
+    for image, p in zip(images, pictures):
+        image = image.resize([round(s * 900 / max(image.size)) or 1 for s in image.size])
+        pen = ImageDraw.Draw(image)
+        if p.tiling.canvas:
+            (w, h), (rw, rh) = p.tiling.canvas, p.tiling.resized
+            for x in range(config.tile, w, config.tile):
+                x = (x - (w - rw) // 2) * image.width / rw
+                pen.line((x, 0, x, image.height), fill=(255, 255, 255), width=4)
+                pen.line((x, 0, x, image.height), fill=INK, width=1)
+            for y in range(config.tile, h, config.tile):
+                y = (y - (h - rh) // 2) * image.height / rh
+                pen.line((0, y, image.width, y), fill=(255, 255, 255), width=4)
+                pen.line((0, y, image.width, y), fill=INK, width=1)
+        out.append(image)
+    return side_by_side(out)
+
+
+def side_by_side(images, gap=6):
+    height = max(image.height for image in images)
+    scaled = [image.resize((max(1, round(image.width * height / image.height)), height)) for image in images]
+    out = Image.new("RGB", (sum(s.width for s in scaled) + gap * (len(scaled) - 1), height), PAPER)
+    x = 0
+    for s in scaled:
+        out.paste(s, (x, 0))
+        x += s.width + gap
+    return out
+
+
+def fit(image, width, height):
+    scale = min(width / image.width, height / image.height)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.LANCZOS)
+
+
+def strip(pen, x, y, width, config, sa):
+    """A box for each layer, coloured by its kind, and the legend."""
+    step = width / config.layers
+    count = dict.fromkeys(KINDS, 0)
+    for l in range(config.layers):
+        kind = "self-attention" if l in sa else "cross-attention" if l in config.ca else "text-only"
+        count[kind] += 1
+        box = (x + l * step, y + 30, x + (l + 1) * step - 4, y + 84)
+        pen.rounded_rectangle(box, 4, fill=KINDS[kind])
+        pen.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), str(l), anchor="mm", font=ImageFont.load_default(15),
+                 fill=INK if kind == "text-only" else PAPER)
+    write(pen, x, y - 2, "Layers", 20, PALE)
+    for kind, colour in KINDS.items():
+        pen.rectangle((x, y + 102, x + 16, y + 118), fill=colour)
+        label = f"{count[kind]} {kind}"
+        write(pen, x + 24, y + 100, label, 18)
+        x += 24 + pen.textlength(label, ImageFont.load_default(18)) + 28
+
+
+def write(pen, x, y, text, size, colour=INK):
+    """One line of text; returns the y below it."""
+    pen.text((x, y), text, fill=colour, font=ImageFont.load_default(size))
+    return y + round(size * 1.15)

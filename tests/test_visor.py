@@ -1,0 +1,403 @@
+"""The three kinds of layer, what is cached and what is left out, against a slow reference that computes everything.
+
+The reference is written from the paper's equations: one sample, one interleaved sequence, explicit masks.
+"""
+import itertools
+import random
+import string
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from config import PAD
+from data import IMAGE, Prompt, chatml, collate, encode, picture, place_images, split_shared
+from model import VLM
+from tests import tiny
+
+DENSE = tuple(range(6))
+CLOSE = 1e-4  # on logits of scale 10
+LAYERS = pytest.mark.parametrize("ca, sa", [
+    ((2, 5), ()), ((2, 5), (1,)), ((2, 5), (1, 4)), ((2, 5), (5,)), ((2, 5), (2, 3)), ((2, 5), DENSE), ((2,), (0, 3)),
+    ((0,), ()), ((), (1,)), ((), ()), (DENSE, (0, 5)), (DENSE, ())])
+
+
+# --- inputs and measures --------------------------------------------------------------------------------------------
+
+def new(seed, **changes):
+    """(model, random numbers). The head is its own, or answers would repeat one token, and makes large logits."""
+    m = tiny.model(seed, **{"tied": False, "visor": "ca" not in changes, **changes})
+    nn.init.normal_(m.language_model.embed_tokens.weight if m.lm_head is None else m.lm_head.weight)
+    return m, random.Random(str((seed, changes)))
+
+
+def words(rng):
+    return "".join(rng.choices(string.ascii_letters + "    .,?é中", k=rng.randint(3, 30)))
+
+
+def some_pictures(m, rng, n, alone=None):
+    images = [tiny.image(rng.randint(8, 60), rng.randint(8, 60), rng.randrange(1 << 30)) for _ in range(n)]
+    return [picture(x, m.config, rng.random() < 0.5 if alone is None else alone) for x in images]
+
+
+def some_prompt(m, rng, images, turns=1):
+    """A conversation of random words with pictures anywhere in it, but never side by side."""
+    text = chatml([words(rng) for _ in range(2 * turns - 1)], system=words(rng))
+    for cut in sorted(rng.sample(range(len(text) + 1), images), reverse=True):
+        text = text[:cut] + IMAGE + text[cut:]
+    return encode(text, m.tokenizer, some_pictures(m, rng, images))
+
+
+def join(a, b):
+    """Two prompts, the second placed after the first, as one."""
+    return Prompt(*(list(x) + list(y) for x, y in zip(a, b)))
+
+
+def starts(prompt):
+    """The positions at which its pictures start."""
+    return [p for p in prompt.v_pos if p - 1 not in prompt.v_pos]
+
+
+@torch.inference_mode()  # as `see` and `generate`: their caches cannot be written outside of it
+def logits(m, prompts, sa, cache=None):
+    """For each prompt of a padded batch, the logits (its text tokens, vocab)."""
+    return [m.head(h[:len(p.ids)]) for h, p in zip(m(collate(prompts), sa, cache), prompts)]
+
+
+def diff(a, b):
+    assert a.shape == b.shape
+    return (a - b).abs().max().item() if a.numel() else 0.0
+
+
+@contextmanager
+def counting(modules):
+    """Rows (tokens) that go into each module of a dict, by name."""
+    rows = dict.fromkeys(modules, 0)
+    hooks = [module.register_forward_pre_hook(lambda _, args, name=name: rows.update(
+        {name: rows[name] + args[0].shape[:-1].numel()})) for name, module in modules.items()]
+    yield rows
+    for hook in hooks:
+        hook.remove()
+
+
+# --- the reference --------------------------------------------------------------------------------------------------
+
+def slow_attention(q, k, v, may_look, c):
+    """q (n, H * D), k and v (n, Hkv * D), may_look (n, n) -> (n, H * D). Whoever may look at nobody gets zero."""
+    q, k, v = (x.split(c.head_dim, dim=1) for x in (q, k, v))
+    heads = []
+    for h in range(c.heads):
+        g = h // (c.heads // c.kv_heads)
+        score = (q[h] @ k[g].T / c.head_dim ** 0.5).masked_fill(~may_look, -1e30)
+        heads.append((score.softmax(-1) * may_look) @ v[g])
+    return torch.cat(heads, dim=1)
+
+
+def slow_rotary(x, c):
+    """At position p, features i and i + D / 2 of each head turn by the angle p * theta ** (-2 i / D)."""
+    half = c.head_dim // 2
+    angle = torch.arange(len(x)).double()[:, None] * c.rope_theta ** (-torch.arange(half).double() / half)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    pairs = [head.split(half, dim=1) for head in x.split(c.head_dim, dim=1)]
+    return torch.cat([y for a, b in pairs for y in (a * cos - b * sin, b * cos + a * sin)], dim=1)
+
+
+def slow_block(block, x, may_look, c):
+    h, a = block.input_layernorm(x), block.self_attn
+    q, k = slow_rotary(a.q_proj(h), c), slow_rotary(a.k_proj(h), c)
+    x = x + a.o_proj(slow_attention(q, k, a.v_proj(h), may_look, c))
+    return x + block.mlp(block.post_attention_layernorm(x))
+
+
+def slow_cross(cross, x, is_text, c):
+    """What each row of the interleaved sequence gets from the visual rows before it; meant for its text rows."""
+    before = [int(is_text[:i].sum()) for i in range(len(x))]  # text rows; the same for all rows of one picture
+    y = x + cross.position.bias
+    for i, j in itertools.product(range(len(x)), range(-3, 4)):
+        if 0 <= i + j < len(x) and not is_text[i] and not is_text[i + j] and before[i] == before[i + j]:
+            y = y.index_add(0, torch.tensor([i]), x[i + j:i + j + 1] * cross.position.weight[:, 0, j + 3])
+    y = cross.kv_norm(y)
+    may_look = torch.ones(len(x), len(x)).tril(-1).bool() & ~is_text
+    return cross.o_proj(slow_attention(cross.q_proj(cross.q_norm(x)), cross.k_proj(y), cross.v_proj(y), may_look, c))
+
+
+def slow(lm, t, v, prompt, sa):
+    """The language model on one whole prompt: t (Nt, d), v (Nv, d) -> (Nt, d)."""
+    c, order = lm.config, [None] * prompt.end
+    for i, p in enumerate([*prompt.t_pos, *prompt.v_pos]):
+        order[p] = i
+    x = torch.cat([t, v])[order]
+    is_text = torch.tensor(order) < len(t)
+    causal = torch.ones(len(x), len(x)).tril().bool()
+    for l, block in enumerate(lm.layers):
+        if l in sa:
+            x = slow_block(block, x, causal, c)
+            continue
+        if l in c.ca:
+            x = torch.where(is_text[:, None], x + slow_cross(lm.cross[str(l)], x, is_text, c), x)
+        x = torch.where(is_text[:, None], slow_block(block, x, causal & is_text, c), x)
+    return lm.norm(x)[is_text]
+
+
+# --- forward --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(3))
+def test_insertion_changes_nothing(seed):
+    """An untrained cross-attention is silent: dense is the model before, other configurations are as without it."""
+    m, rng = new(seed, visor=False)
+    prompts = [some_prompt(m, rng, n) for n in (2, 0, 1)]
+    configurations = [DENSE, (), (1,), (4,), (1, 4), *(tuple(sorted(rng.sample(DENSE, n))) for n in (1, 2, 3, 4))]
+    before = [logits(m, prompts, sa) for sa in configurations]
+    m.add_cross_attention()
+    assert m.config.sa == (1, 4) and m.config.ca == (2, 5)
+    for sa, old in zip(configurations, before):
+        assert max(map(diff, logits(m, prompts, sa), old)) < CLOSE, sa
+
+
+@pytest.mark.parametrize("seed", range(14))
+@torch.no_grad()
+def test_forward_is_the_reference(seed):
+    """Random layers, pictures anywhere, a padded batch; then with noise in the padding, which nobody may see."""
+    rng = random.Random(seed)
+    m, _ = new(seed, ca=(2, 5) if seed % 2 else tuple(sorted(rng.sample(DENSE, rng.randint(0, 6)))))
+    sa = ((), DENSE)[seed // 2 % 2] if seed < 4 else tuple(sorted(rng.sample(DENSE, rng.randint(0, 6))))
+    prompts = [some_prompt(m, rng, rng.randint(0, 3), turns=rng.randint(1, 2)) for _ in range(3)]
+    assert len({len(p.ids) for p in prompts}) > 1
+    t, v, *places = m.embed(collate(prompts))
+    t, v = (torch.where(pos[..., None] < PAD, x, 10 * torch.randn_like(x)) for x, pos in zip((t, v), places))
+    for p, fast, noisy in zip(prompts, logits(m, prompts, sa), m.head(m.language_model(t, v, *places, sa))):
+        t, v, *_ = m.embed(collate([p]))
+        expected = m.head(slow(m.language_model, t[0], v[0], p, sa))
+        assert 4 < expected.std() < 20  # else the tolerance would mean nothing
+        assert diff(fast, expected) < CLOSE and diff(noisy[:len(p.ids)], expected) < CLOSE, (m.config.ca, sa)
+
+
+@pytest.mark.parametrize("sa", [(), (1,), (4,), (1, 4), (5,), DENSE])
+@pytest.mark.parametrize("which", [0, 1])
+def test_pictures_are_seen_by_later_text_only(sa, which):
+    """Another picture in the same place: text before it stays as it is, all text after it changes."""
+    m, rng = new(3)
+    text = chatml([f"{words(rng)}{IMAGE}{words(rng)}{IMAGE}{words(rng)}"])
+    pictures = [picture(tiny.image(40, 30, i), m.config, alone=which == 1) for i in range(3)]
+    a = encode(text, m.tokenizer, pictures[:2])
+    b = encode(text, m.tokenizer, [pictures[2], pictures[1]] if which == 0 else [pictures[0], pictures[2]])
+    looked = {}
+    for l, cross in m.language_model.cross.items():
+        cross.register_forward_hook(lambda _, args, y, l=l: looked.update({int(l): y[0]}))
+    (x,), (y,) = logits(m, [a], sa), logits(m, [b], sa)
+    before = torch.tensor(a.t_pos) < starts(a)[which]
+    assert diff(x[before], y[before]) <= 1e-6
+    assert (x - y)[~before].abs().amax(1).min() > 10 * CLOSE
+    sighted = torch.tensor(a.t_pos) > a.v_pos[0]
+    assert sorted(looked) == [l for l in m.config.ca if l not in sa]
+    assert all((y[~sighted] == 0).all() and (y[sighted] != 0).any(1).all() for y in looked.values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cross_attention_has_no_order_of_pictures(seed):
+    """Two pictures of equal size swapped. Text also hears the text between, so for () self-attention is silenced."""
+    m, rng = new(seed)
+    text = chatml([f"{words(rng)}{IMAGE}{words(rng)}{IMAGE}{words(rng)}"])
+    pictures = some_pictures(m, rng, 2, alone=False)
+    a, b = encode(text, m.tokenizer, pictures), encode(text, m.tokenizer, pictures[::-1])
+    t_pos = torch.tensor(a.t_pos)
+    before, after = t_pos < a.v_pos[0], t_pos > a.v_pos[-1]
+    (x,), (y,) = logits(m, [a], DENSE), logits(m, [b], DENSE)
+    assert diff(x[before], y[before]) <= 1e-6
+    assert (x - y)[after].abs().amax(1).min() > 10 * CLOSE
+    for block in m.language_model.layers:
+        nn.init.zeros_(block.self_attn.o_proj.weight)
+    (x,), (y,) = logits(m, [a], ()), logits(m, [b], ())
+    assert diff(x[before], y[before]) <= 1e-6
+    assert diff(x[after], y[after]) < CLOSE
+    assert (x - y)[~before & ~after].abs().amax(1).min() > 10 * CLOSE
+
+
+@LAYERS
+def test_dead_vision_is_not_computed(ca, sa):
+    """Logits and all gradients are those of the reference, which updates v to the end; the rows show where v stops."""
+    m, rng = new(4, ca=ca)
+    lm, prompts = m.language_model, [some_prompt(m, rng, 1), some_prompt(m, rng, 2)]
+    t, v, t_pos, v_pos = (x.detach() for x in m.embed(collate(prompts)))
+    names, parameters = zip(*m.named_parameters())
+    weight = torch.randn(*t_pos.shape, m.config.vocab) / 100
+
+    def run(forward):
+        """Logits of each prompt, gradients of t, v and all parameters."""
+        leaves = t.clone().requires_grad_(), v.clone().requires_grad_(), *parameters
+        out = [m.head(h) for h in forward(*leaves[:2])]
+        loss = sum((x * w[:len(x)]).sum() for x, w in zip(out, weight))
+        return out, torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+    watched = {(kind, l): module for l, b in enumerate(lm.layers)
+               for kind, module in (("mlp", b.mlp), ("q", b.self_attn.q_proj), ("k", b.self_attn.k_proj))}
+    with counting(watched) as rows:
+        out, grads = run(lambda t, v: [h[:len(p.ids)] for h, p in zip(lm(t, v, t_pos, v_pos, sa), prompts)])
+    expected, slow_grads = run(lambda t, v: [slow(lm, t[i, :len(p.ids)], v[i, :len(p.v_pos)], p, sa)
+                                             for i, p in enumerate(prompts)])
+    assert max(map(diff, out, expected)) < CLOSE
+    for name, g, s in zip(("t", "v", *names), grads, slow_grads):
+        assert diff(g, s) <= CLOSE * max(1, s.abs().max().item()), name
+    assert (grads[1] != 0).any() == bool(ca or sa)
+
+    text, both = t_pos.numel(), t_pos.numel() + v_pos.numel()
+    last = max([*sa, *(l for l in ca if l not in sa)], default=-1)
+    for l in range(m.config.layers):
+        assert rows["mlp", l] == rows["q", l] == (both if l in sa and l < last else text), l
+        assert rows["k", l] == (both if l in sa else text), l
+
+
+@pytest.mark.parametrize("sa", [(), (1,), DENSE, [(1,), DENSE, (), (1,), (1, 4), DENSE]])
+def test_batches(sa):
+    """Unequal prompts, also with a configuration each, answer as if alone; drawn answers repeat with their seed."""
+    m, rng = new(9)
+    prompts = [some_prompt(m, rng, n, turns) for n, turns in ((1, 1), (2, 2), (0, 1), (0, 2), (3, 1), (1, 1))]
+    each = list(zip(prompts, sa if isinstance(sa, list) else [sa] * 6))
+    assert all(diff(x, *logits(m, [p], own)) < CLOSE for x, (p, own) in zip(logits(m, prompts, sa), each))
+    told = [[] for _ in prompts]
+    answers = m.generate(prompts, sa, max_tokens=10, on_token=lambda i, token: told[i].append(token))
+    assert answers == told == [m.generate([p], own, max_tokens=10)[0] for p, own in each]
+    assert answers == m.generate(prompts, sa, max_tokens=10)
+    drawn = [m.generate(prompts, sa, max_tokens=10, temperature=5.0, top_p=0.9, seed=s) for s in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# --- cache ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sa", [(), (1,), (1, 4), (1, 4, 7), (1, 4, 7, 10), tuple(range(12))])
+@pytest.mark.parametrize("images", [1, 2])
+def test_ask_after_see(sa, images):
+    """Questions about pictures seen once: as in one piece, in any order, and vision is not touched again."""
+    m, rng = new(images, layers=12)
+    assert sa in m.config.viable or len(sa) == 12
+    pictures = some_pictures(m, rng, images, alone=images == 1)
+    texts = [chatml([place_images(words(rng), images)]) for _ in range(3)]
+    whole = [encode(text, m.tokenizer, pictures) for text in texts]
+    begin = encode(split_shared(texts[0])[0], m.tokenizer, pictures)
+    rest = [encode(split_shared(text)[1], m.tokenizer, start=begin.end) for text in texts]
+    assert [join(begin, r)[:3] for r in rest] == [w[:3] for w in whole]
+    cache = m.see(begin, sa)
+    first = m.ask(cache, rest[0], max_tokens=8)
+    assert first == m.generate([whole[0]], sa, max_tokens=8)[0] and len(first) == 8
+
+    text_rows = dict(enumerate(x for b in m.language_model.layers for x in (b.mlp, b.self_attn.k_proj)))
+    vision = {"tower": m.vision_tower, **{f"cross {l}": x.k_proj for l, x in m.language_model.cross.items()}}
+    with counting(text_rows | vision) as rows:
+        second = m.ask(cache, rest[1], max_tokens=8)
+    assert second == m.generate([whole[1]], sa, max_tokens=8)[0] and len(second) == 8
+    assert {rows[x] for x in text_rows} == {len(rest[1].ids) + 7}  # the last token of an answer is not run
+    assert not any(rows[x] for x in vision)
+
+    assert m.ask(cache, rest[0], max_tokens=8) == first
+    one_shot, = logits(m, [whole[2]], sa)
+    assert diff(logits(m, [rest[2]], sa, cache)[0], one_shot[len(begin.ids):]) < CLOSE
+
+
+@pytest.mark.parametrize("sa", [(), (1,), (1, 4), DENSE])
+@pytest.mark.parametrize("stop", [0, 1, 2, None])
+@pytest.mark.parametrize("brings", [0, 1, 2])
+def test_conversation(sa, stop, brings, monkeypatch):
+    """Kept turns, cut short or ended by a stop token, with `brings` new pictures in turn 2: as rendered at once."""
+    m, rng = new(6)
+    shared, own = split_shared(chatml([place_images("what is this?", 1)]))
+    follow_up = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
+    more = " or ".join([IMAGE] * brings)
+    turns = [(own, 0), (follow_up.format(more, "and?"), brings), (follow_up.format("so", "?"), 0)]
+    whole = encode(shared, m.tokenizer, some_pictures(m, rng, 1))
+    cache, length = m.see(whole, sa, room=8), 5  # too little room, it grows
+    if stop is not None:  # any token will do to stop at
+        free, = m.generate([join(whole, encode(own, m.tokenizer, start=whole.end))], sa, max_tokens=5)
+        monkeypatch.setattr(VLM, "stop_id", free[stop])
+        length = free.index(free[stop])
+    for i, (text, pictures) in enumerate(turns):
+        aside = encode(follow_up.format(IMAGE, "?"), m.tokenizer, some_pictures(m, rng, 1), start=whole.end)
+        m.ask(cache, aside, max_tokens=3)  # is forgotten
+        turn = encode(text, m.tokenizer, some_pictures(m, rng, pictures), start=whole.end)
+        answer = m.ask(cache, turn, keep=True, max_tokens=5)
+        whole = join(whole, turn)
+        assert answer == m.generate([whole], sa, max_tokens=5)[0]
+        assert i > 0 or len(answer) == length
+        closed = [*answer, m.tokenizer.token_to_id("<|im_end|>"), *m.tokenizer.encode("\n").ids]
+        whole = join(whole, Prompt(closed, [whole.end + i for i in range(len(closed))], [], []))
+        assert cache.end == whole.end
+    probe = encode("and?", m.tokenizer, start=whole.end)
+    one_shot, = logits(m, [join(whole, probe)], sa)
+    assert diff(logits(m, [probe], sa, cache)[0], one_shot[len(whole.ids):]) < CLOSE
+
+
+def tensors(x):
+    """All tensors inside an object, v_pos left out."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    x = getattr(x, "__dict__", x)
+    inside = [y for name, y in x.items() if name != "v_pos"] if isinstance(x, dict) else x
+    return [t for y in inside for t in tensors(y)] if isinstance(inside, (list, tuple)) else []
+
+
+@LAYERS
+def test_cache_bytes(ca, sa):
+    """A cache holds text everywhere and vision only where it is read; decoding does not make it grow."""
+    m, rng = new(7, ca=ca)
+    prompts = [some_prompt(m, rng, n) for n in (2, 0, 1)]
+    text, vision = max(len(p.ids) for p in prompts) + 9, max(len(p.v_pos) for p in prompts)
+    tokens = sum(text + vision if l in sa else text for l in range(6)) + sum(vision for l in ca if l not in sa)
+    cache = m.new_cache(3, sa, text, vision)
+    m.generate(prompts, sa, max_tokens=9, cache=cache)
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors(cache)}
+    assert cache.nbytes == sum(held.values()) == 3 * tokens * 2 * m.config.kv_heads * m.config.head_dim * 4
+    assert 0 < max(cache.n_text) < text  # it was used; the last token of an answer is not run
+
+
+def pieces(prompt, cuts):
+    """The prompt cut at positions, as prompts."""
+    for low, high in itertools.pairwise([0, *sorted(cuts), prompt.end]):
+        ids, pictures = zip(prompt.ids, prompt.t_pos), zip(prompt.pictures, starts(prompt))
+        yield Prompt([x for x, p in ids if low <= p < high], [p for p in prompt.t_pos if low <= p < high],
+                     [p for p in prompt.v_pos if low <= p < high], [x for x, p in pictures if low <= p < high])
+
+
+@LAYERS
+@pytest.mark.parametrize("n", [2, 7, None])
+def test_piece_by_piece(ca, sa, n):
+    """A padded batch in n pieces a prompt, or one prompt token by token: all text as in one forward."""
+    m, rng = new(8, ca=ca)
+    prompts = [some_prompt(m, rng, images) for images in ((2, 0, 1) if n else (2,))]
+    rows = []
+    for p in prompts:  # a picture stays in one piece, because the convolution needs it whole
+        spots = sorted({*p.t_pos, *starts(p)} - {0})
+        rows.append(list(pieces(p, rng.sample(spots, n - 1) if n else spots)))
+    assert sum(len(x.pictures) for row in rows for x in row) == sum(len(p.pictures) for p in prompts)
+    cache = m.new_cache(len(prompts), sa, 20, 20)  # it grows
+    steps = []
+    for step in zip(*rows):
+        mark = cache.mark()
+        if n:
+            logits(m, prompts[::-1], sa, cache)
+            cache.rewind(mark)  # a detour that leaves no trace
+        steps.append(logits(m, step, sa, cache))
+    for row, whole in zip(zip(*steps), logits(m, prompts, sa)):
+        assert diff(torch.cat(row), whole) < CLOSE
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load(tied, tmp_path):
+    """A checkpoint comes back bit for bit; what lacks the cross-attention starts with an untrained one."""
+    m, rng = new(10, tied=tied, stage="2", step=7)
+    prompts, sas = [some_prompt(m, rng, n) for n in (1, 0, 2)], [(), (1,), DENSE]
+    m.save_pretrained(tmp_path)
+    again = VLM.from_pretrained(tmp_path)
+    assert again.config == m.config and again.config.ca == (2, 5) and again.config.viable == ((), (1,), (1, 4))
+    assert dict(again.named_parameters()).keys() == dict(m.named_parameters()).keys()
+    assert all(torch.equal(x, y) for sa in sas for x, y in zip(logits(again, prompts, sa), logits(m, prompts, sa)))
+
+    file = tmp_path / "model.safetensors"
+    save_file({k: x for k, x in load_file(file).items() if ".cross." not in k}, file, metadata={"format": "pt"})
+    fresh = VLM.from_pretrained(tmp_path)
+    assert fresh.config == m.config and sorted(fresh.language_model.cross) == ["2", "5"]
+    assert all((x.o_proj.weight == 0).all() for x in fresh.language_model.cross.values())
+    m.config.ca = ()  # the same model without them
+    assert all(diff(x, y) < CLOSE for sa in sas for x, y in zip(logits(fresh, prompts, sa), logits(m, prompts, sa)))
