@@ -65,7 +65,7 @@ def draw(path, images, pictures, v_pos, config, report, trace):
 def heat(weights, over_both, v_pos, pictures, config):
     """([one (h, w) array a picture], the share of all attention that went to the pictures), mean over the tokens.
 
-    A self-attention layer's keys are in order of position, text among them; a cross-attention's are the visual tokens.
+    A self-attention layer's keys stand in order of position, text among them; a cross-attention has only vision.
     """
     rows = [w[0].float().cpu().numpy() for w in weights]
     rows = np.mean([row[v_pos] if over_both else row[:len(v_pos)] for row in rows], axis=0)

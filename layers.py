@@ -240,7 +240,7 @@ class CrossSpan(NamedTuple):
 
 def cross_span(t_pos, v_pos, slots, all_pos, dtype):
     """t_pos (B, Nt) and v_pos (B, Nv) of the new tokens, all_pos (B, Nk) of every visual token so far."""
-    mask = (all_pos[:, None] < t_pos[:, :, None]) & (all_pos[:, None] < PAD)   # (B, Nt, Nk)
+    mask = all_pos[:, None] < t_pos[:, :, None]   # (B, Nt, Nk); padding has the largest positions
     sighted = mask.any(-1, keepdim=True)
     border = (v_pos.diff(dim=1) != 1).long()  # text stands between two pictures, and padding is far away
     picture = F.pad(border, (1, 0)).cumsum(1) if v_pos.shape[1] else v_pos
