@@ -85,6 +85,14 @@ def test_auto_without_a_router_runs_the_full_configuration_and_says_so(place, ca
     assert json.loads(out)["sa"] == [1, 4] and "no router" in err
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_stays_close(place, capsys, dtype):
+    words = ["--model", place / "model", "--image", place / "a.png", "--q", "hi", "--json", "--max-tokens", 1]
+    full = json.loads(call(capsys, *words)[1])
+    low = json.loads(call(capsys, *words, "--dtype", dtype)[1])
+    assert {**low, "seconds": 0} == {**full, "seconds": 0}
+
+
 def test_random_weights_are_announced(place, capsys):
     assert "RANDOM" in call(capsys, "--model", place / "model", "--q", "hi")[2]
 

@@ -360,6 +360,7 @@ def pieces(prompt, cuts):
 
 @LAYERS
 @pytest.mark.parametrize("n", [2, 7, None])
+@torch.inference_mode()
 def test_piece_by_piece(ca, sa, n):
     """A padded batch in n pieces a prompt, or one prompt token by token: all text as in one forward."""
     m, rng = new(8, ca=ca)

@@ -1,0 +1,37 @@
+"""What README.md says is still true."""
+import re
+from pathlib import Path
+
+import sample
+from config import Config
+from data import tiling
+from flops import llm_flops
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_files_in_the_table_exist_and_none_is_left_out():
+    named = set(re.findall(r"^\| (\w+\.py) \|", TEXT, re.M))
+    assert named == {p.name for p in ROOT.glob("*.py")}
+
+
+def test_commands_parse_and_their_files_exist():
+    for line in re.findall(r"python sample\.py (.*)", TEXT):
+        words = re.findall(r'"[^"]*"|\S+', line)
+        sample.parse([w.strip('"') for w in words])
+    for path in re.findall(r"(?<=\s)((?:assets|nano|tests)/[\w./]*)", TEXT):
+        assert (ROOT / path).exists(), path
+
+
+def test_bench_table_has_the_operations_that_are_counted():
+    c = Config()
+    c.ca, c.sa, c.viable = c.visor_layers()
+    vision = tiling(768, 768, c).tokens
+    assert f"{vision:,} visual tokens" in TEXT
+    rows = re.findall(r"^\| (dense|none|[\d,]+)[^|]*\| ([\d,]+) \| [\d.]+ \| ([\d.]+)x", TEXT, re.M)
+    assert len(rows) == 5
+    dense = llm_flops(c, range(24), 40, vision)
+    for name, gflop, fewer in rows:
+        cost = llm_flops(c, c.configuration(name), 40, vision)
+        assert f"{cost / 1e9:,.0f}" == gflop and f"{dense / cost:.1f}" == fewer
