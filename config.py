@@ -5,6 +5,7 @@ No torch in here, nor in data.py and flops.py: importing it takes 1.5 s, and flo
 """
 import argparse
 import json
+import math
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -48,6 +49,9 @@ class Config:
     max_tiles: int | None = 9       # above about this many tiles' worth of tokens the grid is shrunk; None: never
     unpad: str = "original"         # "original" truncates the unpadded side; "hf" rounds it to 7 digits before
     multi_image_newline: bool = True  # 730 tokens for each of several pictures (training, Hugging Face); else 729
+    # token packing (VISOR-TR, paper 4.4 and appendix I)
+    pack: float = 1.0               # each tile has about this many times fewer tokens
+    pack_widen: bool = False        # the connector reads four sub-tokens side by side; else their mean
     # VISOR
     ca: tuple = ()                  # layers that have a cross-attention (paper 4.2.1)
     sa: tuple = ()                  # layers that may run as self-attention over both streams (paper 4.2.2)
@@ -57,9 +61,14 @@ class Config:
     step: int = 0
 
     @property
-    def side(self):
-        """Patches along one side of a tile."""
+    def patches(self):
+        """Patches along one side of a tile, as the vision tower sees it."""
         return self.tile // self.patch
+
+    @property
+    def side(self):
+        """Tokens along one side of a tile, as the language model sees it: fewer than patches where they are packed."""
+        return max(1, int(self.patches / math.sqrt(self.pack) + 0.5))
 
     def __post_init__(self):
         """JSON has lists; ours are tuples, so that configurations can be compared and used as keys."""

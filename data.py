@@ -105,7 +105,7 @@ NORMALISED = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5))
 
 
 def pixels(image, tiles, config):
-    """(tiles, 3, side, side) float32 in [-1, 1]: the base tile, then the grid row by row."""
+    """(tiles, 3, tile, tile) float32 in [-1, 1]: the base tile, then the grid row by row."""
     size = config.tile, config.tile
     if tiles.canvas is None:  # one of several pictures: square on grey 127, then one tile
         square = Image.new("RGB", (max(image.size),) * 2, (127, 127, 127))
@@ -122,7 +122,7 @@ def pixels(image, tiles, config):
 
 
 class Picture(NamedTuple):
-    pixels: np.ndarray  # (tiles, 3, side, side)
+    pixels: np.ndarray  # (tiles, 3, tile, tile)
     tiling: Tiling
 
 

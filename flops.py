@@ -8,13 +8,13 @@ is not computed. Norms, activations and softmax are left out, as is usual (under
 
 def tower_flops(c, tiles):
     """The SigLIP tower over `tiles` tiles."""
-    n, d = c.side ** 2, c.vision_hidden
+    n, d = c.patches ** 2, c.vision_hidden
     layer = 2 * n * (4 * d * d + 2 * d * c.vision_ffn) + 4 * n * n * d
     return tiles * (2 * n * 3 * c.patch ** 2 * d + c.vision_layers * layer)
 
 
 def connector_flops(c, tiles):
-    return 2 * tiles * c.side ** 2 * (c.vision_hidden * c.hidden + c.hidden ** 2)
+    return 2 * tiles * c.side ** 2 * (c.vision_hidden * (4 if c.pack_widen else 1) * c.hidden + c.hidden ** 2)
 
 
 def llm_flops(c, sa, text, vision, past_text=0, past_vision=0):

@@ -1,4 +1,4 @@
-"""The parts: SigLIP block, Qwen2 block, VISOR's cross-attention, and the cache of keys and values.
+"""The parts: SigLIP block, token packing, Qwen2 block, VISOR's cross-attention, the cache of keys and values.
 
 SigLIP and Qwen2 follow Hugging Face's module names, so that most weights keep their names. New is CrossAttention
 (paper 4.2.1). All attention goes through F.scaled_dot_product_attention.
@@ -75,6 +75,19 @@ class SiglipBlock(nn.Module):
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
+
+
+def pack(x, side):
+    """Token packing (paper 4.4, appendix I): a tile's n x n patches become side x side tokens of four sub-tokens each.
+
+    x (tiles, n * n, c) -> (tiles, side * side, 4, c), sub-tokens row by row. The grid is interpolated to the even side
+    2 * side, then space-to-depth puts each 2 x 2 square into one token. The paper's "interpolate by 1 / sqrt(2)" for a
+    ratio of 2 is read as the side of the result, 27 -> 19, the only reading that halves the tokens.
+    """
+    n = round(x.shape[1] ** 0.5)
+    grid = F.interpolate(x.transpose(1, 2).unflatten(2, (n, n)), size=2 * side, mode="bilinear")
+    grid = grid.unflatten(3, (side, 2)).unflatten(2, (side, 2))           # (tiles, c, side, dy, side, dx)
+    return grid.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
 
 # --- Qwen2 ----------------------------------------------------------------------------------------------------------

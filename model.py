@@ -18,7 +18,7 @@ from torch import nn
 
 from config import join_configs, read_config
 from data import Prompt, collate, load_tokenizer, vocabulary_size
-from layers import Block, Cache, CrossAttention, SiglipBlock, causal_span, cross_span, pick
+from layers import Block, Cache, CrossAttention, SiglipBlock, causal_span, cross_span, pack, pick
 from weights import find, open_weights, scan
 
 
@@ -29,11 +29,11 @@ class VisionTower(nn.Module):
         super().__init__()
         self.embeddings = nn.ModuleDict({
             "patch_embedding": nn.Conv2d(3, c.vision_hidden, c.patch, c.patch),
-            "position_embedding": nn.Embedding(c.side ** 2, c.vision_hidden)})
+            "position_embedding": nn.Embedding(c.patches ** 2, c.vision_hidden)})
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(SiglipBlock(c) for _ in range(c.vision_layers))})
 
     def forward(self, x):
-        """x (tiles, 3, tile, tile) in [-1, 1] -> (tiles, side * side, vision_hidden)."""
+        """x (tiles, 3, tile, tile) in [-1, 1] -> (tiles, patches * patches, vision_hidden)."""
         x = self.embeddings["patch_embedding"](x).flatten(2).transpose(1, 2)
         x = x + self.embeddings["position_embedding"].weight
         for block in self.encoder["layers"]:
@@ -42,15 +42,26 @@ class VisionTower(nn.Module):
 
 
 class Connector(nn.Module):
-    """From the tower's features to the language model's, patch by patch."""
+    """From the tower's features to the language model's, token by token, after packing them (VISOR-TR)."""
 
     def __init__(self, c):
         super().__init__()
-        self.linear_1 = nn.Linear(c.vision_hidden, c.hidden)
+        self.config = c
+        self.linear_1 = nn.Linear(c.vision_hidden * (4 if c.pack_widen else 1), c.hidden)
         self.linear_2 = nn.Linear(c.hidden, c.hidden)
 
     def forward(self, x):
+        """(tiles, patches * patches, vision_hidden) -> (tiles, side * side, d)."""
+        if self.config.pack > 1 or self.config.pack_widen:
+            x = pack(x, self.config.side)
+            x = x.flatten(2) if self.config.pack_widen else x.mean(2)
         return self.linear_2(F.gelu(self.linear_1(x)))  # the exact GELU here, the tanh one inside SigLIP
+
+    @torch.no_grad()
+    def widen(self):
+        """Gives every sub-token its own weights, at first a quarter of the old ones: the output is that of the mean."""
+        self.linear_1.weight = nn.Parameter(self.linear_1.weight.repeat(1, 4) / 4)
+        self.linear_1.in_features *= 4
 
 
 class LanguageModel(nn.Module):
@@ -290,6 +301,17 @@ class VLM(nn.Module):
         return self.tokenizer.token_to_id("<|im_end|>")
 
     # --- VISOR from a dense model ---
+
+    def add_packing(self, ratio, widen=False):
+        """From now on each tile has about `ratio` times fewer tokens (VISOR-TR). The weights stay as they are; with
+        `widen` the connector tells the four sub-tokens of a token apart, and equals their mean until it is trained."""
+        if not ratio >= 1:
+            raise ValueError(f"packing ratio {ratio}: give a number of at least 1")
+        self.config.pack = float(ratio)
+        if widen and not self.config.pack_widen:
+            self.config.pack_widen = True
+            self.multi_modal_projector.widen()
+        return self
 
     def add_cross_attention(self, ca=None, sa=None, viable=None):
         """Turns a loaded dense model into VISOR: cross-attention in the layers ca, candidates sa (paper 4.2.1, 4.2.2).

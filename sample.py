@@ -26,6 +26,7 @@ def parse(argv=None):
                    "numbers such as 1,4,7 (default: auto)")
     p.add_argument("--budget", type=float, metavar="F", help="run the costliest viable configuration whose prompt "
                    "costs at most F of the dense language model's")
+    p.add_argument("--pack", type=float, metavar="R", help="pack the visual tokens of each tile to about 1/R of them")
     p.add_argument("--max-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature: draw from the likeliest "
@@ -40,6 +41,7 @@ def parse(argv=None):
     for name, ok, what in (("max_tokens", args.max_tokens >= 1, "at least 1"),
                            ("temperature", args.temperature >= 0, "0 or more"),
                            ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+                           ("pack", args.pack is None or args.pack >= 1, "1 or more"),
                            ("budget", args.budget is None or args.budget > 0, "above 0")):
         if not ok:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number {what}")
@@ -104,6 +106,8 @@ def main(argv=None):
     from model import VLM
     nano = args.model == "nano" and not Path("nano").is_dir()
     model = VLM.from_pretrained(HERE / "nano" if nano else args.model, dtype, device)
+    if args.pack is not None:
+        model.add_packing(args.pack)
     pictures = [data.picture(image, model.config, alone=len(images) == 1) for image in images]
     stream = sys.stdout.isatty() and not args.json
     caches = {}  # what has been seen: questions with the same beginning and configuration share it
