@@ -107,6 +107,19 @@ class Config:
         return sa
 
 
+PRESETS = {
+    "llava-ov-0.5b": {},
+    "llava-ov-1.5b": dict(hidden=1536, layers=28, heads=12, kv_heads=2, head_dim=128, ffn=8960),  # the paper's own
+    "llava-ov-7b": dict(hidden=3584, layers=28, heads=28, kv_heads=4, head_dim=128, ffn=18944, tied=False)}
+
+
+def preset(model):
+    """The Config of a published size, with VISOR's default layers."""
+    c = Config(**PRESETS[model])
+    c.ca, c.sa, c.viable = c.visor_layers()
+    return c
+
+
 def read_config(directory):
     """The Config of a checkpoint directory (LLaVA-OneVision by llava-hf or lmms-lab, or our own). Raises ValueError."""
     raw = _read_json(directory)

@@ -1,9 +1,24 @@
-"""What a configuration costs, in floating-point operations: one multiplication and one addition count as two.
+"""What every configuration costs: operations, memory, parameters. In a second, without weights and without torch.
 
-Counted is what the code executes: matrix products, convolutions and attention. Attention that starts from nothing is
-causal and costs half of its square; attention with a mask costs all of its rectangle; vision that no later layer reads
-is not computed. Norms, activations and softmax are left out, as is usual (under 1 % here). No torch.
+    python flops.py --image 1024x768
+    python flops.py --model llava-ov-7b --tiles 10 --pack 2 --sa 1,4 --sa none --json
+
+One multiplication and one addition count as two operations. Counted are matrix products, convolutions and attention;
+norms, activations and softmax are left out, as is usual (under 1 %). Two conventions stand side by side:
+
+  paper     attention over N tokens costs its full square, N x N, and every self-attention layer computes everything,
+            as in the paper's O((Nt + Nv)^2 d + (Nt + Nv) d^2) for self-attention and O(Nt Nv d) for cross-attention
+  executed  what the code does: half of the square where attention is causal from the first token on, all of the
+            rectangle where it needs a mask, and no vision that no later layer reads
 """
+import json
+import sys
+from pathlib import Path
+
+from config import PRESETS, Config, Parser, preset, read_config, run
+from data import tiling
+
+# --- operations -----------------------------------------------------------------------------------------------------
 
 
 def tower_flops(c, tiles):
@@ -14,13 +29,15 @@ def tower_flops(c, tiles):
 
 
 def connector_flops(c, tiles):
+    """The connector over the packed tokens of `tiles` tiles."""
     return 2 * tiles * c.side ** 2 * (c.vision_hidden * (4 if c.pack_widen else 1) * c.hidden + c.hidden ** 2)
 
 
-def llm_flops(c, sa, text, vision, past_text=0, past_vision=0):
+def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False):
     """The language model over `text` and `vision` new tokens, with the logits of one; `past_*` ones are in the cache.
 
     A prompt is text, vision > 0 with no past; each generated token is text = 1, vision = 0 with all else past.
+    paper: the paper's convention instead of what is executed.
     """
     d, wide, narrow = c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim
     cross = [l for l in c.ca if l not in sa]
@@ -30,23 +47,57 @@ def llm_flops(c, sa, text, vision, past_text=0, past_vision=0):
         return 2 * asking * (2 * d * wide + 3 * d * c.ffn) + 4 * keys * d * narrow + 4 * pairs * wide
 
     def pairs(new, past):
-        return new * (past + new) if past else new * (new + 1) // 2
+        return new * (past + new) if past or paper else new * (new + 1) // 2
 
     both, past = text + vision, past_text + past_vision
-    text_only = block(text, text, pairs(text, past_text))
     seen = vision + past_vision
     total = 2 * d * c.vocab
     for l in range(c.layers):
-        if l in sa and (l < last or not vision):
+        if l in sa and (l < last or not vision or paper):
             total += block(both, both, pairs(both, past))
         elif l in sa:  # the last layer that reads vision: only the text asks
             total += block(text, both, text * (both + past))
         else:
-            total += text_only
-            if l in cross and seen:
+            total += block(text, text, pairs(text, past_text))
+            if l in cross and seen:  # its q and o, its k and v and position encoding, its attention
                 total += 4 * text * d * wide + vision * (4 * d * narrow + 14 * d) + 4 * text * seen * wide
     return total
 
+
+def answer_flops(c, sa, text, vision, answer):
+    """The tokens of an answer after the first, which the prompt gives: answer - 1 steps from the cache."""
+    return sum(llm_flops(c, sa, 1, 0, text + i, vision) for i in range(answer - 1))
+
+
+# --- memory and parameters ------------------------------------------------------------------------------------------
+
+def cache_bytes(c, sa, text, vision, itemsize=2):
+    """Keys and values: text and vision in self-attention layers, text in the others, vision in cross-attentions."""
+    cross = len([l for l in c.ca if l not in sa])
+    tokens = sum(text + vision * (l in sa) for l in range(c.layers)) + cross * vision
+    return tokens * 2 * c.kv_heads * c.head_dim * itemsize
+
+
+def activation_bytes(c, sa, text, vision, itemsize=2):
+    """The largest single tensor of the prompt's way through the language model: an MLP's inside, or vision itself."""
+    cross = [l for l in c.ca if l not in sa]
+    refined = [l for l in sa if l < max([*sa, *cross])]  # the last reader's MLP runs on text alone
+    return itemsize * max((text + vision * bool(refined)) * c.ffn, vision * c.hidden)
+
+
+def llm_parameters(c):
+    wide, narrow = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    layer = c.hidden * (2 * wide + 2 * narrow + 3 * c.ffn + 2) + wide + 2 * narrow
+    return c.layers * layer + c.hidden + c.vocab * c.hidden * (1 if c.tied else 2)
+
+
+def cross_parameters(c):
+    """What VISOR adds: projections, two norms, and a depthwise convolution of kernel 7, in each layer of ca."""
+    wide, narrow = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    return len(c.ca) * (c.hidden * (2 * wide + 2 * narrow + 2 + 8) + wide + 2 * narrow)
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
 
 def within_budget(c, budget, text, vision):
     """The costliest viable configuration whose prompt costs at most `budget` of dense. Raises ValueError."""
@@ -57,7 +108,195 @@ def within_budget(c, budget, text, vision):
     affordable = [sa for sa in costs if costs[sa] <= budget]
     if not affordable:
         cheapest = min(costs, key=costs.get)
-        raise ValueError(f"--budget {budget:g}: the cheapest viable configuration, --sa "
-                         f"{','.join(map(str, cheapest)) or 'none'}, costs {costs[cheapest]:.3f} of dense; raise the "
-                         "budget to that")
+        raise ValueError(f"--budget {budget:g}: the cheapest viable configuration, --sa {name(c, cheapest)}, costs "
+                         f"{costs[cheapest]:.3f} of dense; raise the budget to that")
     return max(affordable, key=costs.get)
+
+
+def name(c, sa):
+    """What --sa calls a configuration."""
+    return "dense" if len(sa) == c.layers else ",".join(map(str, sa)) or "none"
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+def parse(argv=None):
+    p = Parser(description="What every configuration costs.")
+    p.add_argument("--model", default="llava-ov-0.5b", help=f"{', '.join(PRESETS)}, nano, or a checkpoint directory "
+                   "(default: llava-ov-0.5b)")
+    p.add_argument("--image", action="append", metavar="WxH", help="size of a picture in pixels; may be given several "
+                   "times (default: 1024x768)")
+    p.add_argument("--tiles", type=int, metavar="N", help="instead of --image: N tiles, without newlines")
+    p.add_argument("--text", type=int, default=40, metavar="N", help="text tokens of the prompt (default: 40)")
+    p.add_argument("--answer", type=int, default=16, metavar="N", help="tokens of the answer (default: 16)")
+    p.add_argument("--pack", type=float, metavar="R", help="token packing: about R times fewer tokens a tile")
+    p.add_argument("--sa", action="append", metavar="LAYERS", help="a configuration: dense, none or 1,4,7; may be "
+                   "given several times (default: dense, none and all viable ones)")
+    p.add_argument("--batch", type=int, default=1, metavar="B", help="prompts at once (default: 1)")
+    p.add_argument("--plot", metavar="FILE.png", help="draw operations against visual tokens (needs matplotlib)")
+    p.add_argument("--measure", action="store_true", help="run encoder and language model with random weights on this "
+                   "machine and compare the seconds with the count (needs torch, some minutes)")
+    p.add_argument("--json", action="store_true", help="the numbers as one JSON object")
+    args = p.parse_args(argv)
+    for flag, ok in (("tiles", args.tiles is None or args.tiles >= 1), ("text", args.text >= 1),
+                     ("answer", args.answer >= 1), ("batch", args.batch >= 1), ("pack", args.pack is None
+                                                                                 or args.pack >= 1)):
+        if not ok:
+            p.error(f"--{flag} {getattr(args, flag)}: give a number of at least 1")
+    if args.tiles and args.image:
+        p.error("--tiles and --image both say how large the picture is; give one of them")
+    return args
+
+
+def settings(args):
+    """The Config to count for, with VISOR's layers where a dense checkpoint has none yet."""
+    if args.model in PRESETS:
+        c = preset(args.model)
+    elif args.model == "nano" or Path(args.model).is_dir():
+        c = read_config(Path(__file__).parent / "nano" if args.model == "nano" else args.model)
+    else:
+        raise ValueError(f"--model {args.model}: no such preset or directory; give one of {', '.join(PRESETS)}, nano")
+    if not c.ca and not c.sa:
+        c.ca, c.sa, c.viable = c.visor_layers()
+    if args.pack is not None:
+        c.pack = args.pack
+    return c
+
+
+def pictures(args, c):
+    """(tiles, visual tokens) of the prompt."""
+    if args.tiles:
+        return args.tiles, args.tiles * c.side ** 2
+    sizes = []
+    for text in args.image or ["1024x768"]:
+        w, _, h = text.partition("x")
+        if not (w.isdigit() and h.isdigit() and int(w) and int(h)):
+            raise ValueError(f"--image {text}: give a size in pixels such as 1024x768")
+        sizes.append((int(w), int(h)))
+    found = [tiling(w, h, c, alone=len(sizes) == 1) for w, h in sizes]
+    return sum(t.tiles for t in found), sum(t.tokens for t in found)
+
+
+def count(c, configurations, text, vision, tiles, answer, batch):
+    """One row of numbers for each configuration; operations and bytes are those of the whole batch."""
+    encoder, connector = batch * tower_flops(c, tiles), batch * connector_flops(c, tiles)
+    rows = []
+    for sa in configurations:
+        prefill = batch * llm_flops(c, sa, text, vision)
+        rest = batch * answer_flops(c, sa, text, vision, answer)
+        rows.append({"sa": name(c, sa), "prefill": prefill, "answer": rest,
+                     "token": batch * llm_flops(c, sa, 1, 0, text, vision),
+                     "prefill_paper": batch * llm_flops(c, sa, text, vision, paper=True),
+                     "encoder": encoder, "connector": connector, "total": encoder + connector + prefill + rest,
+                     "cache_bytes": batch * cache_bytes(c, sa, text + answer, vision),
+                     "activation_bytes": batch * activation_bytes(c, sa, text, vision)})
+    return rows
+
+
+def compare(rows, dense):
+    """Adds each row's savings over the dense row, which is never packed, so that packing shows as saving."""
+    for r in rows:
+        r["saving_paper"] = dense["prefill_paper"] / r["prefill_paper"]
+        r["saving_executed"] = (dense["prefill"] + dense["answer"]) / (r["prefill"] + r["answer"])
+        r["saving_with_encoder"] = dense["total"] / r["total"]
+    return rows
+
+
+def main(argv=None):
+    args = parse(argv)
+    c = settings(args)
+    tiles, vision = pictures(args, c)
+    plain = Config(**{**vars(c), "pack": 1.0, "pack_widen": False})
+    dense_tiles, dense_vision = pictures(args, plain)
+    every = tuple(range(c.layers))
+    asked = [every, *sorted({(), *c.viable}, key=lambda sa: (-len(sa), sa))]
+    if args.sa:
+        asked = [c.configuration(text) for text in args.sa]
+    rows = count(c, asked, args.text, vision, tiles, args.answer, args.batch)
+    dense = count(plain, [every], args.text, dense_vision, dense_tiles, args.answer, args.batch)[0]
+    report = {"model": args.model, "tiles": tiles, "visual_tokens": vision, "dense_visual_tokens": dense_vision,
+              "text_tokens": args.text, "answer_tokens": args.answer, "batch": args.batch, "pack": c.pack,
+              "parameters": {"llm": llm_parameters(c), "cross_attention": cross_parameters(c)},
+              "rows": compare(rows, dense)}
+    if args.measure:
+        from paper.bench import explain_seconds
+        report["measured"] = explain_seconds(c, asked, args.text, vision, tiles)
+    print(json.dumps(report) if args.json else page(c, report))
+    if args.plot:
+        plot(args.plot, c, asked, args.text)
+        print(f"{args.plot}: operations against visual tokens", file=sys.stderr)
+
+
+def page(c, r):
+    """The report for people, 80 columns wide."""
+    added = r["parameters"]["cross_attention"]
+    out = [r["model"],
+           f"  language model  {c.layers} layers, {c.hidden} features, {c.heads} heads ({c.kv_heads} kv), "
+           f"MLP {c.ffn:,}",
+           f"  vision tower    {c.vision_layers} layers, {c.vision_hidden} features, {c.patches} x {c.patches} patches "
+           "a tile",
+           f"  VISOR           cross-attention in {','.join(map(str, c.ca))}",
+           f"                  + {added / 1e6:,.1f} M parameters, {added / r['parameters']['llm']:.1%} of the language "
+           f"model's {r['parameters']['llm'] / 1e6:,.1f} M",
+           f"  prompt          {r['tiles']} tiles, {r['visual_tokens']:,} visual tokens, {r['text_tokens']} text tokens; "
+           f"answer {r['answer_tokens']}",
+           *[f"  packing         {c.pack:g}: dense has {r['dense_visual_tokens']:,} visual tokens"] * (c.pack > 1),
+           *[f"  batch           {r['batch']}, operations and bytes are those of all"] * (r["batch"] > 1), "",
+           "One layer over n tokens of d features (H: all heads together, K: all kv heads):",
+           "  projections 4 n d (H + K)   MLP 6 n d ffn   attention 4 n n H, causal: half",
+           "  self-attention layer: n = text + vision.  other layers: n = text.",
+           "  cross-attention adds 4 text d H + vision (4 d K + 14 d) + 4 text vision H.", "",
+           f"GFLOP: encoder {giga(r['rows'][0]['encoder'])}, connector {giga(r['rows'][0]['connector'])}, and "
+           f"the language model:", "",
+           f"{'':33}{'each':>7}{'answer':>7}{'with':>9}   saving over dense",
+           f"{'self-attention layers':24}{'prefill':>9}{'token':>7}{'of ' + str(r['answer_tokens']):>7}{'encoder':>9}"
+           f"{'paper':>7}{'exec.':>8}{'all':>8}"]
+    for row in r["rows"]:
+        out.append(f"{row['sa']:24}{giga(row['prefill']):>9}{giga(row['token']):>7}{giga(row['answer']):>7}"
+                   f"{giga(row['total']):>9}{row['saving_paper']:>6.1f}x{row['saving_executed']:>7.1f}x"
+                   f"{row['saving_with_encoder']:>7.2f}x")
+    out += ["", "paper: LLM prefill, full squares, as the paper counts; exec.: LLM prefill and",
+            "answer, what is executed; all: the same with connector and encoder.", "",
+            f"{'memory, 16-bit numbers':24}{'cache, MB':>12}{'largest activation, MB':>26}"]
+    out += [f"{row['sa']:24}{row['cache_bytes'] / 1e6:>12,.1f}{row['activation_bytes'] / 1e6:>26,.1f}"
+            for row in r["rows"]]
+    if "measured" in r:
+        m = r["measured"]
+        out += ["", f"{m['machine']}, float32: matrix products at {m['matmul'] / 1e9:,.0f} GFLOP/s",
+                f"{'seconds of prefill':24}{'encoder':>9}{'LLM':>9}{'sum':>9}{'counted':>10}{'sum / counted':>16}"]
+        out += [f"{x['sa']:24}{x['encoder']:>9.2f}{x['llm']:>9.2f}{x['encoder'] + x['llm']:>9.2f}{x['counted']:>10.2f}"
+                f"{(x['encoder'] + x['llm']) / x['counted']:>16.2f}" for x in m["rows"]]
+    return "\n".join(out)
+
+
+def giga(flops):
+    """Three digits or more, in GFLOP."""
+    x = flops / 1e9
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def plot(path, c, configurations, text):
+    """The paper's appendix E figure: prefill operations against the number of visual tokens, without the encoder."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    lengths = [64 * i for i in range(1, 138)]
+    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    every = tuple(range(c.layers))
+    shown = [every, *(s for s in configurations if s != every)]
+    for i, sa in enumerate(shown):
+        colour = "black" if sa == every else plt.cm.viridis(1 - i / len(shown))
+        tera = [llm_flops(c, sa, text, n) / 1e12 for n in lengths]
+        axes.plot(lengths, tera, color=colour, lw=2.5 if sa == every else 1.5, label=name(c, sa))
+    axes.set(xlabel="visual tokens", ylabel="TFLOP of the language model, prefill", yscale="log",
+             title=f"Cost by configuration (self-attention layers), {text} text tokens", xlim=(0, lengths[-1]))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -2,10 +2,12 @@
 import re
 from pathlib import Path
 
+import flops
 import sample
-from config import Config
+from config import preset
 from data import tiling
 from flops import llm_flops
+from paper import numbers
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -25,8 +27,7 @@ def test_commands_parse_and_their_files_exist():
 
 
 def test_bench_table_has_the_operations_that_are_counted():
-    c = Config()
-    c.ca, c.sa, c.viable = c.visor_layers()
+    c = preset("llava-ov-0.5b")
     vision = tiling(768, 768, c).tokens
     assert f"{vision:,} visual tokens" in TEXT
     rows = re.findall(r"^\| (dense|none|[\d,]+)[^|]*\| ([\d,]+) \| [\d.]+ \| ([\d.]+)x", TEXT, re.M)
@@ -35,3 +36,10 @@ def test_bench_table_has_the_operations_that_are_counted():
     for name, gflop, fewer in rows:
         cost = llm_flops(c, c.configuration(name), 40, vision)
         assert f"{cost / 1e9:,.0f}" == gflop and f"{dense / cost:.1f}" == fewer
+
+
+def test_tables_are_what_the_programs_print(capsys):
+    assert numbers.table() in TEXT
+    shown = re.search(r"```\n(llava-ov-0.5b\n.*?)```", TEXT, re.S)[1]
+    flops.main(re.search(r"python flops\.py (--sa .*?)`", TEXT)[1].split())
+    assert capsys.readouterr().out == shown

@@ -60,7 +60,7 @@ def starts(prompt):
     return [p for p in prompt.v_pos if p - 1 not in prompt.v_pos]
 
 
-@torch.inference_mode()  # as `see` and `generate`: their caches cannot be written outside of it
+@torch.no_grad()
 def logits(m, prompts, sa, cache=None):
     """For each prompt of a padded batch, the logits (its text tokens, vocab)."""
     return [m.head(h[:len(p.ids)]) for h, p in zip(m(collate(prompts), sa, cache), prompts)]
@@ -360,7 +360,6 @@ def pieces(prompt, cuts):
 
 @LAYERS
 @pytest.mark.parametrize("n", [2, 7, None])
-@torch.inference_mode()
 def test_piece_by_piece(ca, sa, n):
     """A padded batch in n pieces a prompt, or one prompt token by token: all text as in one forward."""
     m, rng = new(8, ca=ca)
