@@ -238,8 +238,8 @@ def page(c, r):
            f"  VISOR           cross-attention in {','.join(map(str, c.ca))}",
            f"                  + {added / 1e6:,.1f} M parameters, {added / r['parameters']['llm']:.1%} of the language "
            f"model's {r['parameters']['llm'] / 1e6:,.1f} M",
-           f"  prompt          {r['tiles']} tiles, {r['visual_tokens']:,} visual tokens, {r['text_tokens']} text tokens; "
-           f"answer {r['answer_tokens']}",
+           f"  prompt          {r['tiles']} tiles, {r['visual_tokens']:,} visual tokens, {r['text_tokens']} text "
+           f"tokens; answer {r['answer_tokens']}",
            *[f"  packing         {c.pack:g}: dense has {r['dense_visual_tokens']:,} visual tokens"] * (c.pack > 1),
            *[f"  batch           {r['batch']}, operations and bytes are those of all"] * (r["batch"] > 1), "",
            "One layer over n tokens of d features (H: all heads together, K: all kv heads):",
@@ -284,17 +284,17 @@ def plot(path, c, configurations, text):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     lengths = [64 * i for i in range(1, 138)]
-    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
-    every = tuple(range(c.layers))
-    shown = [every, *(s for s in configurations if s != every)]
-    for i, sa in enumerate(shown):
-        colour = "black" if sa == every else plt.cm.viridis(1 - i / len(shown))
-        tera = [llm_flops(c, sa, text, n) / 1e12 for n in lengths]
-        axes.plot(lengths, tera, color=colour, lw=2.5 if sa == every else 1.5, label=name(c, sa))
+    figure, axes = plt.subplots(figsize=(10, 5), constrained_layout=True)
+    curves = {}  # configurations that cost the same share a curve
+    for sa in [tuple(range(c.layers)), *configurations]:
+        curves.setdefault(tuple(llm_flops(c, sa, text, n) / 1e12 for n in lengths), {})[name(c, sa)] = None
+    for i, (tera, names) in enumerate(curves.items()):
+        colour = plt.cm.viridis(1 - i / len(curves)) if i else "black"
+        axes.plot(lengths, tera, color=colour, lw=2 if i else 3, label="\n".join(names))
     axes.set(xlabel="visual tokens", ylabel="TFLOP of the language model, prefill", yscale="log",
              title=f"Cost by configuration (self-attention layers), {text} text tokens", xlim=(0, lengths[-1]))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
 
 
