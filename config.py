@@ -8,7 +8,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 PAD = 1 << 30  # positions from here on belong to padding; every real token stands before it
@@ -69,6 +69,10 @@ class Config:
     def side(self):
         """Tokens along one side of a tile, as the language model sees it: fewer than patches where they are packed."""
         return max(1, int(self.patches / math.sqrt(self.pack) + 0.5))
+
+    def unpacked(self):
+        """The same without token packing: what savings are measured against."""
+        return replace(self, pack=1.0, pack_widen=False)
 
     def __post_init__(self):
         """JSON has lists; ours are tuples, so that configurations can be compared and used as keys."""

@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from config import PRESETS, Config, Parser, preset, read_config, run
+from config import PRESETS, Parser, preset, read_config, run
 from data import tiling
 
 # --- operations -----------------------------------------------------------------------------------------------------
@@ -99,9 +99,12 @@ def cross_parameters(c):
 
 # --- budgets --------------------------------------------------------------------------------------------------------
 
-def within_budget(c, budget, text, vision):
-    """The costliest viable configuration whose prompt costs at most `budget` of dense. Raises ValueError."""
-    dense = llm_flops(c, range(c.layers), text, vision)
+def within_budget(c, budget, text, vision, dense_vision):
+    """The costliest viable configuration whose prompt costs at most `budget` of dense. Raises ValueError.
+
+    Dense has the `dense_vision` visual tokens that the prompt has without packing.
+    """
+    dense = llm_flops(c, range(c.layers), text, dense_vision)
     costs = {sa: llm_flops(c, sa, text, vision) / dense for sa in c.viable}
     if not costs:
         raise ValueError("--budget: this checkpoint has no viable configurations; give --sa instead")
@@ -206,14 +209,13 @@ def main(argv=None):
     args = parse(argv)
     c = settings(args)
     tiles, vision = pictures(args, c)
-    plain = Config(**{**vars(c), "pack": 1.0, "pack_widen": False})
-    dense_tiles, dense_vision = pictures(args, plain)
+    dense_tiles, dense_vision = pictures(args, c.unpacked())
     every = tuple(range(c.layers))
     asked = [every, *sorted({(), *c.viable}, key=lambda sa: (-len(sa), sa))]
     if args.sa:
         asked = [c.configuration(text) for text in args.sa]
     rows = count(c, asked, args.text, vision, tiles, args.answer, args.batch)
-    dense = count(plain, [every], args.text, dense_vision, dense_tiles, args.answer, args.batch)[0]
+    dense = count(c.unpacked(), [every], args.text, dense_vision, dense_tiles, args.answer, args.batch)[0]
     report = {"model": args.model, "tiles": tiles, "visual_tokens": vision, "dense_visual_tokens": dense_vision,
               "text_tokens": args.text, "answer_tokens": args.answer, "batch": args.batch, "pack": c.pack,
               "parameters": {"llm": llm_parameters(c), "cross_attention": cross_parameters(c)},

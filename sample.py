@@ -68,11 +68,11 @@ def placement(device, dtype):
     return device, getattr(torch, dtype)
 
 
-def configuration(args, config, text, vision):
-    """The self-attention layers to run for a prompt of `text` and `vision` tokens."""
+def configuration(args, config, text, vision, dense_vision):
+    """The self-attention layers to run for a prompt of `text` and `vision` tokens (`dense_vision` without packing)."""
     from flops import within_budget
     if args.budget is not None:
-        return within_budget(config, args.budget, text, vision)
+        return within_budget(config, args.budget, text, vision, dense_vision)
     if args.sa != "auto":
         return config.configuration(args.sa)
     if not config.viable:
@@ -109,6 +109,8 @@ def main(argv=None):
     if args.pack is not None:
         model.add_packing(args.pack)
     pictures = [data.picture(image, model.config, alone=len(images) == 1) for image in images]
+    dense_vision = sum(data.tiling(*image.size, model.config.unpacked(), alone=len(images) == 1).tokens
+                       for image in images)
     stream = sys.stdout.isatty() and not args.json
     caches = {}  # what has been seen: questions with the same beginning and configuration share it
     for question, text in zip(args.q, texts):
@@ -116,7 +118,7 @@ def main(argv=None):
         begin = data.encode(shared, model.tokenizer, pictures)
         prompt = data.encode(own, model.tokenizer, start=begin.end)
         n_text, n_vision = len(begin.ids) + len(prompt.ids), len(begin.v_pos)
-        sa = configuration(args, model.config, n_text, n_vision)
+        sa = configuration(args, model.config, n_text, n_vision, dense_vision)
         clock = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
         first = (shared, sa) not in caches
         if first:
@@ -128,7 +130,7 @@ def main(argv=None):
         answer = model.tokenizer.decode(tokens).strip()
         report = {"question": question, "answer": answer, "tokens": tokens, "sa": list(sa), "routed": False,
                   "text_tokens": n_text, "vision_tokens": n_vision,
-                  "flops": cost(model.config, sa, begin, prompt, len(tokens), pictures, first),
+                  "flops": cost(model.config, sa, begin, prompt, len(tokens), pictures, dense_vision, first),
                   "seconds": {k: round(s, 4) for k, s in clock.items()}}
         if args.json:
             print(json.dumps(report), flush=True)
@@ -141,17 +143,18 @@ def main(argv=None):
         print(f"{args.explain}: where the last answer looked", file=sys.stderr)
 
 
-def cost(config, sa, begin, prompt, answer, pictures, first):
-    """FLOPs of one question as it was run: pictures and shared text count for the first question only."""
-    from flops import connector_flops, llm_flops, tower_flops
+def cost(config, sa, begin, prompt, answer, pictures, dense_vision, first):
+    """FLOPs of one question as it was run, and of dense without packing asked in the same way. Pictures and shared text
+    count for the first question only."""
+    from flops import answer_flops, connector_flops, llm_flops, tower_flops
 
-    def llm(sa):
-        text, vision = len(begin.ids), len(begin.v_pos)
-        total = llm_flops(config, sa, text, vision) if first else 0
-        total += llm_flops(config, sa, len(prompt.ids), 0, text, vision)
-        return total + sum(llm_flops(config, sa, 1, 0, text + len(prompt.ids) + i, vision) for i in range(answer - 1))
+    def llm(sa, vision):
+        shared, own = len(begin.ids), len(prompt.ids)
+        total = llm_flops(config, sa, shared, vision) if first else 0
+        total += llm_flops(config, sa, own, 0, shared, vision)
+        return total + answer_flops(config, sa, shared + own, vision, answer)
     tiles = sum(p.tiling.tiles for p in pictures) if first else 0
-    mine, dense = llm(sa), llm(range(config.layers))
+    mine, dense = llm(sa, len(begin.v_pos)), llm(range(config.layers), dense_vision)
     return {"encoder": tower_flops(config, tiles) + connector_flops(config, tiles), "llm": mine, "llm_dense": dense,
             "saving": round(dense / mine, 3)}
 

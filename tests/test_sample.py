@@ -105,6 +105,15 @@ def test_budget_takes_the_costliest_that_fits(place, capsys):
     assert json.loads(call(capsys, *words, "--budget", one + 0.01)[1])["sa"] == [1]
 
 
+def test_packing_by_one_flag(place, capsys):
+    """Fewer visual tokens; the saving is measured against dense without packing."""
+    words = ["--model", place / "model", "--image", place / "a.png", "--q", "hi", "--json", "--sa", "1", "--max-tokens", 2]
+    plain, packed = (json.loads(call(capsys, *words, *more)[1]) for more in ([], ["--pack", 2]))
+    assert packed["vision_tokens"] < plain["vision_tokens"]
+    plain, packed = plain["flops"], packed["flops"]
+    assert packed["llm_dense"] == plain["llm_dense"] and packed["llm"] < plain["llm"]
+
+
 def test_temperature_and_top_p():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, 4)
     draw = lambda t, p, seed=0: choose(logits, t, p, torch.Generator().manual_seed(seed))
@@ -175,6 +184,7 @@ WORDS = {
     "--sa beyond": (["--q", "hi", "--sa", "1,6"], "--sa 1,6: there is no layer 6; this model has layers 0 to 5"),
     "--sa words": (["--q", "hi", "--sa", "all"], "--sa all: give"),
     "--sa negative": (["--q", "hi", "--sa=-1"], "--sa -1: give"),
+    "--pack 0.5": (["--q", "hi", "--pack", "0.5"], "--pack 0.5: give a number 1 or more"),
     "--budget 0": (["--q", "hi", "--budget", "0"], "--budget"),
     "--budget too small": (["--q", "hi", "--budget", "0.01"], "raise the budget"),
     "--budget and --sa": (["--q", "hi", "--budget", "0.5", "--sa", "1"], "leave --sa out"),
