@@ -79,6 +79,27 @@ class Config:
         for name in ("pinpoints", "viable"):
             setattr(self, name, tuple(tuple(x) for x in getattr(self, name)))
         self.ca, self.sa = tuple(self.ca), tuple(self.sa)
+        for f in fields(self):
+            x = getattr(self, f.name)
+            if f.type is int and f.name != "step" and not (isinstance(x, int) and x >= 1):
+                raise ValueError(f"{f.name} {x!r}: a positive whole number is needed")
+        for whole, part in (("heads", "kv_heads"), ("vision_hidden", "vision_heads"), ("tile", "patch")):
+            a, b = getattr(self, whole), getattr(self, part)
+            if a < b or (whole != "tile" and a % b):
+                raise ValueError(f"{whole} {a} does not go with {part} {b}")
+        if self.unpad not in ("original", "hf") or not self.pack >= 1:
+            raise ValueError(f"unpad {self.unpad!r} must be original or hf, pack {self.pack!r} at least 1")
+        if not self.pinpoints or not all(len(p) == 2 and min(p) >= 1 for p in self.pinpoints):
+            raise ValueError("pinpoints: a list of at least one (columns, rows) is needed")
+        self._check_layers(self.ca, self.sa, self.viable)
+
+    def _check_layers(self, ca, sa, viable):
+        for l in (*ca, *sa):
+            if not 0 <= l < self.layers:
+                raise ValueError(f"there is no layer {l}; this model has layers 0 to {self.layers - 1}")
+        for v in viable:
+            if not set(v) <= set(sa):
+                raise ValueError(f"viable configuration {v} has layers that are not among the candidates {sa}")
 
     def to_json(self):
         return json.dumps({"model_type": "visor", **asdict(self)}, indent=1)
@@ -92,12 +113,11 @@ class Config:
         n = self.layers // 3
         sa = tuple(range(1, self.layers, 3))[:n] if sa is None else tuple(sorted(sa))
         ca = tuple(range(2, self.layers, 3))[:n] if ca is None else tuple(sorted(ca))
-        for l in (*sa, *ca):
-            if not 0 <= l < self.layers:
-                raise ValueError(f"there is no layer {l}; this model has layers 0 to {self.layers - 1}")
         if viable is None:
             viable = PAPER_VIABLE if self.layers == 24 and sa == PAPER_SA else [sa[:i] for i in range(len(sa) + 1)]
-        return ca, sa, tuple(tuple(sorted(v)) for v in viable)
+        viable = tuple(tuple(sorted(v)) for v in viable)
+        self._check_layers(ca, sa, viable)
+        return ca, sa, viable
 
     def configuration(self, text):
         """The self-attention layers that `text` asks for: "dense", "none" or "1,4,7". Returns an ascending tuple."""
@@ -139,7 +159,7 @@ def read_config(directory):
             return _llava_original(raw)
         raise ValueError(f"model_type {raw.get('model_type')!r} is no LLaVA-OneVision or VISOR checkpoint; "
                          "give one, or a SigLIP and a Qwen2 directory as SIGLIP+QWEN2")
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         what = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else e
         raise ValueError(f"{Path(directory) / 'config.json'}: {what}") from None
 
@@ -160,9 +180,12 @@ def _read_json(directory):
     if not path.is_file():
         raise ValueError(f"{path} is missing: {directory} is no checkpoint directory")
     try:
-        return json.loads(path.read_text())
+        raw = json.loads(path.read_text())
     except ValueError:
         raise ValueError(f"{path} is not valid JSON; download it again") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not a JSON object; download it again")
+    return raw
 
 
 def _expect(raw, name, value):
@@ -242,8 +265,10 @@ def run(main):
     """Calls a script's main; a mistake in the input ends like one in the command line, without a traceback."""
     try:
         main()
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):  # torch's way to say that there is not enough
+            raise
+        print(f"error: {' '.join(str(e).split()) or 'out of memory: give smaller pictures or fewer'}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -85,7 +85,7 @@ def load_image(path):
         raise ValueError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path}: not a picture that Pillow can read; give a PNG, JPEG, WebP, ...") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as e:  # Pillow raises each of these on broken files
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as e:  # what Pillow raises on broken files
         raise ValueError(f"{path}: broken picture ({e}); get it again") from None
 
 
@@ -129,6 +129,8 @@ class Picture(NamedTuple):
 def picture(image, config, alone=True):
     """What the model needs of one PIL image."""
     tiles = tiling(*image.size, config, alone)
+    if not alone and max(image.size) ** 2 > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"a picture of {image.width} x {image.height} is too long to be padded to a square; crop it")
     return Picture(pixels(to_rgb(image), tiles, config), tiles)
 
 
@@ -156,6 +158,8 @@ def vocabulary_size(tokenizer):
 
 def place_images(question, n):
     """The question with n placeholders: before it, joined by spaces, then a newline; or where it has them already."""
+    if not question.isascii() and any("\ud800" <= c <= "\udfff" for c in question):
+        raise ValueError("the question is not valid UTF-8; write it anew")
     if not question.replace(IMAGE, "").strip():
         raise ValueError("the question is empty: ask something about the picture")
     if IMAGE not in question:

@@ -19,6 +19,7 @@ def draw(path, images, pictures, v_pos, config, report, trace):
     images and pictures: PIL images and their data.Picture; v_pos: positions of their visual tokens in the prompt;
     report: sample.py's row about the question; trace: LanguageModel.forward's, layer -> [weights (1, keys) a token].
     """
+    images = [fit(image, 900, 900) for image in images]  # nothing is drawn larger
     maps = {l: heat(weights, l in report["sa"], v_pos, pictures, config) for l, weights in sorted(trace.items())}
     columns = 6
     cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
@@ -30,14 +31,14 @@ def draw(path, images, pictures, v_pos, config, report, trace):
     page = Image.new("RGB", (WIDTH, heads + line * -(-len(maps) // columns) + MARGIN - 10), PAPER)
     pen = ImageDraw.Draw(page)
 
-    write(pen, MARGIN, 36, textwrap.shorten(report["question"].replace("\n", " "), 90), 34)
+    write(pen, MARGIN, 36, " ".join(report["question"].split())[:90], 34)
     y = 88
     for row in textwrap.wrap(report["answer"] or "(no answer)", 90)[:3]:
         y = write(pen, MARGIN, y, row, 26, PALE) + 8
 
     page.paste(shown, (MARGIN, top))
     grids = [f"{p.tiling.tiles} tile{'s' * (p.tiling.tiles > 1)}, {p.tiling.tokens:,} tokens" for p in pictures]
-    write(pen, MARGIN, top + shown.height + 10, "; ".join(grids), 18, PALE)
+    write(pen, MARGIN, top + shown.height + 10, textwrap.shorten("; ".join(grids), 60, placeholder=" ..."), 18, PALE)
 
     left = MARGIN + 520 + 2 * GAP
     strip(pen, left, top, WIDTH - MARGIN - left, config, report["sa"])

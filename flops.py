@@ -12,6 +12,7 @@ norms, activations and softmax are left out, as is usual (under 1 %). Two conven
             rectangle where it needs a mask, and no vision that no later layer reads
 """
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -33,11 +34,11 @@ def connector_flops(c, tiles):
     return 2 * tiles * c.side ** 2 * (c.vision_hidden * (4 if c.pack_widen else 1) * c.hidden + c.hidden ** 2)
 
 
-def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False):
+def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False, head=True):
     """The language model over `text` and `vision` new tokens, with the logits of one; `past_*` ones are in the cache.
 
     A prompt is text, vision > 0 with no past; each generated token is text = 1, vision = 0 with all else past.
-    paper: the paper's convention instead of what is executed.
+    paper: the paper's convention instead of what is executed. head=False: without logits, as in VLM.see.
     """
     d, wide, narrow = c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim
     cross = [l for l in c.ca if l not in sa]
@@ -51,7 +52,7 @@ def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False):
 
     both, past = text + vision, past_text + past_vision
     seen = vision + past_vision
-    total = 2 * d * c.vocab
+    total = 2 * d * c.vocab * head
     for l in range(c.layers):
         if l in sa and (l < last or not vision or paper):
             total += block(both, both, pairs(both, past))
@@ -108,11 +109,13 @@ def within_budget(c, budget, text, vision, dense_vision):
     costs = {sa: llm_flops(c, sa, text, vision) / dense for sa in c.viable}
     if not costs:
         raise ValueError("--budget: this checkpoint has no viable configurations; give --sa instead")
+    if not vision:  # then all cost the same
+        return max(costs, key=len)
     affordable = [sa for sa in costs if costs[sa] <= budget]
     if not affordable:
         cheapest = min(costs, key=costs.get)
         raise ValueError(f"--budget {budget:g}: the cheapest viable configuration, --sa {name(c, cheapest)}, costs "
-                         f"{costs[cheapest]:.3f} of dense; raise the budget to that")
+                         f"{math.ceil(costs[cheapest] * 1000) / 1000:g} of dense; raise the budget to that")
     return max(affordable, key=costs.get)
 
 

@@ -190,9 +190,9 @@ class CrossAttention(nn.Module):
     """CrossAttn(T, V) of Eq. 2 without its residual: text asks, vision answers and does not change (paper 4.2.1).
 
     No rotary positions: where a visual token stands is told by a depthwise convolution along the sequence, kernel 7
-    and padding 3 (conditional position encoding), which starts at zero and is added to v. It never crosses from one
-    picture into the next, or earlier text could see a later picture. o_proj starts at zero too, so a new layer
-    changes nothing.
+    and padding 3 (conditional position encoding), which starts at zero and is added to v. It never crosses a
+    text token into the next picture, or text between two pictures could see the later one. o_proj starts at zero too,
+    so a new layer changes nothing.
     """
 
     def __init__(self, c):
@@ -227,7 +227,7 @@ class CrossAttention(nn.Module):
         return self.o_proj(y * at.sighted)  # zero where a text token has no picture before it
 
     def convolve(self, v, at):
-        """The depthwise convolution, picture by picture: three zeros are put between neighbours."""
+        """The depthwise convolution, picture by picture: three zeros are put where text stands between two."""
         if not v.shape[1]:
             return v
         x = v
@@ -273,7 +273,8 @@ class KV:
     def write(self, k, v, slots, top):
         """Puts new k, v (B, N, Hkv, D) into slots (B, N), returns the first `top` slots. Grows if it must."""
         if top > self.k.shape[1]:
-            self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, top - x.shape[1])) for x in (self.k, self.v))
+            more = top + 256 - self.k.shape[1]
+            self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.k, self.v))
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.k[rows, slots], self.v[rows, slots] = k, v
         return self.k[:, :top], self.v[:, :top]

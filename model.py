@@ -202,6 +202,8 @@ class VLM(nn.Module):
         with timed(clock, "prefill", t.device):
             if not isinstance(sa, list):
                 return self.language_model(t, v, t_pos, v_pos, sa, cache, trace)
+            if len(sa) != len(t) or cache is not None or trace is not None:
+                raise ValueError(f"{len(sa)} configurations for {len(t)} prompts: give one each, and no cache or trace")
             h = torch.empty_like(t)
             for configuration, rows in by_configuration(sa):  # each layer runs for the samples that need it
                 rows = torch.tensor(rows, device=t.device)
@@ -230,10 +232,13 @@ class VLM(nn.Module):
         clock: a dict to which the seconds of "encoder", "prefill" and "decode" are added.
         """
         if isinstance(sa, list):
+            if len(sa) != len(prompts) or cache is not None:
+                raise ValueError(f"{len(sa)} configurations for {len(prompts)} prompts: give one each, and no cache")
             return self._generate_mixed(prompts, sa, on_token, max_tokens=max_tokens, temperature=temperature,
                                         top_p=top_p, seed=seed, trace=trace, clock=clock)
         batch, device = collate(prompts), self.image_newline.device
-        cache = cache or self.new_cache(len(prompts), sa, batch.ids.shape[1] + max_tokens, batch.v_pos.shape[1])
+        room = batch.ids.shape[1] + min(max_tokens, 1024)  # longer answers make the cache grow
+        cache = cache or self.new_cache(len(prompts), sa, room, batch.v_pos.shape[1])
         h = self(batch, sa, cache, trace, clock)
         with timed(clock, "decode", device):
             random = torch.Generator(device).manual_seed(seed)
@@ -319,6 +324,8 @@ class VLM(nn.Module):
         The defaults are the config's: a third of the layers each. Nothing changes until the new layers are trained.
         """
         c = self.config
+        if c.ca:
+            raise ValueError(f"this model has cross-attention already, in layers {c.ca}: start from a dense one")
         c.ca, c.sa, c.viable = c.visor_layers(ca, sa, viable)
         like = self.image_newline
         for l in c.ca:
@@ -336,10 +343,16 @@ class VLM(nn.Module):
         Raises ValueError with one line that names the file and the mend. Says on stderr what it loaded.
         """
         parts = [name] if Path(name).is_dir() else str(name).split("+")
+        if len(parts) > 2:
+            raise ValueError(f"{name}: give one checkpoint, or two as SIGLIP+QWEN2")
         directories = [find(part) for part in parts]
         config = read_config(directories[0]) if len(parts) == 1 else join_configs(*directories)
         tokenizer = load_tokenizer(directories[-1])
-        config.vocab = min(config.vocab, vocabulary_size(tokenizer))  # rows beyond the tokens are padding
+        tokens = vocabulary_size(tokenizer)
+        if tokens > config.vocab:
+            raise ValueError(f"{directories[-1]}/tokenizer.json has {tokens} tokens, the model only {config.vocab}; "
+                             "get both from the same place")
+        config.vocab = tokens  # rows beyond are padding
         files, unexpected = scan(directories, config)
         config.tied = config.tied or "lm_head.weight" not in files
         if config.tied:
@@ -367,8 +380,9 @@ class VLM(nn.Module):
         where, wanted = " + ".join(map(str, directories)), dict(self.named_parameters())
         missing, unexpected = sorted(set(wanted) - set(files)), sorted([*unexpected, *(set(files) - set(wanted))])
         may_be_new = r"language_model\.cross\.\d+" + (r"|multi_modal_projector|image_newline" if joined else "")
-        fresh = sorted({m[0] for name in missing if (m := re.match(may_be_new, name))})
-        missing = [name for name in missing if not re.match(may_be_new, name)]
+        fresh = {m[0] for name in missing if (m := re.match(may_be_new, name))}
+        fresh = sorted(part for part in fresh if not any(name.startswith(part + ".") for name in files))  # whole parts
+        missing = [name for name in missing if not ((m := re.match(may_be_new, name)) and m[0] in fresh)]
         if missing or unexpected:
             raise ValueError(f"{where}: the tensors are not those that config.json describes;"
                              + (f" missing: {some(missing)}" if missing else "")
@@ -414,6 +428,7 @@ class VLM(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         for file in beside.iterdir():
             os.replace(file, directory / file.name)
+        (directory / "model.safetensors.index.json").unlink(missing_ok=True)  # or older shards would win at loading
         beside.rmdir()
 
 
@@ -423,6 +438,7 @@ def some(names, n=6):
 
 def by_configuration(sa):
     """[(configuration, [samples that run it])] of a list with one configuration for each sample."""
+    sa = [tuple(sorted(x)) for x in sa]
     return [(c, [i for i, x in enumerate(sa) if x == c]) for c in dict.fromkeys(sa)]
 
 
@@ -430,7 +446,8 @@ def choose(logits, temperature, top_p, random):
     """The next token of each row of logits (B, vocab): the likeliest, or drawn from the nucleus. Returns (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    logits = logits.float() - logits.amax(-1, keepdim=True)  # so that no temperature is too low
+    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keeps the tokens before which less than top_p has gathered
     return order.gather(-1, torch.multinomial(p, 1, generator=random))[:, 0]
 

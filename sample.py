@@ -45,6 +45,10 @@ def parse(argv=None):
                            ("budget", args.budget is None or args.budget > 0, "above 0")):
         if not ok:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number {what}")
+    if not 0 <= args.seed < 1 << 63:
+        p.error(f"--seed {args.seed}: give a number from 0 to 2**63 - 1")
+    if args.explain and (not args.explain.endswith(".png") or not Path(args.explain).parent.is_dir()):
+        p.error(f"--explain {args.explain}: give a .png file in a directory that exists")
     if args.explain and not args.image:
         p.error("--explain draws a picture: give one with --image")
     if args.budget is not None and args.sa != "auto":
@@ -58,7 +62,7 @@ def placement(device, dtype):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except Exception as e:  # torch raises its own kinds, one for each backend
         raise ValueError(f"--device {device}: not to be had here ({str(e).splitlines()[0]})") from None
     if dtype == "auto":
@@ -74,7 +78,10 @@ def configuration(args, config, text, vision, dense_vision):
     if args.budget is not None:
         return within_budget(config, args.budget, text, vision, dense_vision)
     if args.sa != "auto":
-        return config.configuration(args.sa)
+        sa = config.configuration(args.sa)
+        if len(sa) < config.layers and sa not in config.viable:
+            print(f"--sa {args.sa} is no configuration that this checkpoint is trained for", file=sys.stderr)
+        return sa
     if not config.viable:
         return config.configuration("dense")
     sa = max(config.viable, key=len)
@@ -104,7 +111,7 @@ def main(argv=None):
     device, dtype = placement(args.device, args.dtype)
 
     from model import VLM
-    nano = args.model == "nano" and not Path("nano").is_dir()
+    nano = args.model == "nano" and not Path("nano/config.json").is_file()
     model = VLM.from_pretrained(HERE / "nano" if nano else args.model, dtype, device)
     if args.pack is not None:
         model.add_packing(args.pack)
@@ -122,7 +129,7 @@ def main(argv=None):
         clock = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
         first = (shared, sa) not in caches
         if first:
-            caches[shared, sa] = model.see(begin, sa, room=len(prompt.ids) + args.max_tokens, clock=clock)
+            caches[shared, sa] = model.see(begin, sa, room=len(prompt.ids) + min(args.max_tokens, 1024), clock=clock)
         trace = {} if args.explain else None
         tokens = model.ask(caches[shared, sa], prompt, max_tokens=args.max_tokens, temperature=args.temperature,
                            top_p=args.top_p, seed=args.seed, trace=trace, clock=clock,
@@ -135,7 +142,7 @@ def main(argv=None):
         if args.json:
             print(json.dumps(report), flush=True)
         else:
-            print("" if stream else " ".join(answer.split("\n")), flush=True)
+            print("" if stream else " ".join(answer.splitlines()), flush=True)
         print(summary(report), file=sys.stderr)
     if args.explain:
         import explain
@@ -150,7 +157,7 @@ def cost(config, sa, begin, prompt, answer, pictures, dense_vision, first):
 
     def llm(sa, vision):
         shared, own = len(begin.ids), len(prompt.ids)
-        total = llm_flops(config, sa, shared, vision) if first else 0
+        total = llm_flops(config, sa, shared, vision, head=False) if first else 0
         total += llm_flops(config, sa, own, 0, shared, vision)
         return total + answer_flops(config, sa, shared + own, vision, answer)
     tiles = sum(p.tiling.tiles for p in pictures) if first else 0

@@ -74,7 +74,7 @@ def weight_files(directory):
         return [Path(directory) / "model.safetensors"]
     try:
         return [Path(directory) / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is broken; download it again") from None
 
 

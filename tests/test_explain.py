@@ -60,6 +60,12 @@ def test_heat_lands_where_the_token_is(where, corner):
     drawn = np.asarray(explain.montage([image], [maps], 64).convert("L"), dtype=float)
     quarters = drawn[:64, :64].reshape(2, 32, 2, 32).mean((1, 3))
     assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
+    grid = torch.zeros(1, p.tiling.tokens)  # the same in the grid, 8 x 8 tokens and a newline a row
+    grid[0, 16 + (1 + 5 * (where > 3)) * 9 + 1 + 5 * (where % 4 > 1)] = 1.0
+    (maps,), _ = explain.heat([grid], False, [0] * p.tiling.tokens, [p], c)
+    drawn = np.asarray(explain.montage([image], [maps], 64).convert("L"), dtype=float)
+    quarters = drawn[:64, :64].reshape(2, 32, 2, 32).mean((1, 3))
+    assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
     last = torch.zeros(1, p.tiling.tokens)
     last[0, 16 + 8] = 1.0  # the newline of the grid's first row
     assert all(part.sum() == 0 for part in explain.heat([last], False, p.tiling.tokens * [0], [p], c)[0][0])

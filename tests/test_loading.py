@@ -149,6 +149,15 @@ def test_siglip_and_qwen2_directories(tmp_path, capsys):
     assert answers_alike(loaded, VLM.from_pretrained(tmp_path / "joined"))
 
 
+def test_saving_over_shards(tmp_path):
+    """The old shards and their index do not come back."""
+    table, config = FAMILIES["llava-hf"]
+    write(tmp_path / "c", rename(tensors_of(tiny.model(visor=False)), table), config, shards=2)
+    new = tiny.model(seed=1)
+    new.save_pretrained(tmp_path / "c")
+    assert answers_alike(new, VLM.from_pretrained(tmp_path / "c"))
+
+
 @pytest.mark.parametrize("visor", [False, True])
 def test_what_is_saved_is_loaded(tmp_path, visor):
     model = tiny.model(visor=visor, tied=False, unpad="hf", max_tiles=None)
@@ -280,6 +289,15 @@ BROKEN = {
                                                              "image_newline": torch.ones(64)})), "unexpected: "),
     "wrong shape": (lambda d: change(d, lambda t: [t.update({k: v[:1]}) for k, v in list(t.items())[:1]]), "has shape"),
     "other size": (lambda d: set_config(d, text_config={**TEXT, "hidden_size": 32, "head_dim": 16}), "has shape"),
+    "index of another kind": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "index.json is broken"),
+    "config a list": (lambda d: (d / "config.json").write_text("[]"), "config.json is not a JSON object"),
+    "config without a part": (lambda d: set_config(d, text_config=None), "config.json: "),
+    "no heads": (lambda d: set_config(d, text_config={**TEXT, "num_attention_heads": 0}), "config.json: "),
+    "heads as text": (lambda d: set_config(d, text_config={**TEXT, "num_attention_heads": "4"}), "config.json: "),
+    "no patches": (lambda d: set_config(d, vision_config={**VISION, "patch_size": 0}), "config.json: patch 0"),
+    "odd heads": (lambda d: set_config(d, vision_config={**VISION, "num_attention_heads": 5}), "does not go with"),
+    "no grids": (lambda d: set_config(d, image_grid_pinpoints=[[1, 1]]), "pinpoints: "),
+    "larger tokenizer": (lambda d: set_config(d, text_config={**TEXT, "vocab_size": 200}), "has 259 tokens"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
     "config not json": (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
     "unknown family": (lambda d: set_config(d, model_type="bert"), "config.json: model_type 'bert'"),
@@ -302,9 +320,49 @@ def test_broken_checkpoints(good, what):
     assert message in text and str(good) in text and "\n" not in text
 
 
+def test_a_damaged_cross_attention_is_not_replaced(tmp_path):
+    """A whole one may be new, part of one is an error."""
+    tiny.model().save_pretrained(tmp_path / "c")
+    change(tmp_path / "c", lambda t: t.pop("language_model.cross.2.o_proj.weight"))
+    with pytest.raises(ValueError, match="missing: language_model.cross.2.o_proj.weight"):
+        VLM.from_pretrained(tmp_path / "c")
+
+
+def test_cross_attention_is_added_once_and_where_there_are_layers():
+    with pytest.raises(ValueError, match="has cross-attention already"):
+        tiny.model().add_cross_attention()
+    for words in (dict(ca=[6]), dict(sa=[-1]), dict(sa=[1], viable=[(2,)])):
+        with pytest.raises(ValueError, match="layer"):
+            tiny.model(visor=False).add_cross_attention(**words)
+
+
+def test_new_cross_attention_starts_from_its_layers_self_attention():
+    m = tiny.model(visor=False).add_cross_attention()
+    for l, cross in m.language_model.cross.items():
+        block = m.language_model.layers[int(l)]
+        for part in ("q_proj", "k_proj", "v_proj"):
+            for x, y in zip(getattr(cross, part).parameters(), getattr(block.self_attn, part).parameters()):
+                assert torch.equal(x, y)
+        assert torch.equal(cross.q_norm.weight, block.input_layernorm.weight)
+        assert torch.equal(cross.kv_norm.weight, block.input_layernorm.weight)
+        assert not cross.o_proj.weight.any() and not cross.position.weight.any() and not cross.position.bias.any()
+
+
+def test_default_layers_are_the_papers():
+    """A third of 24 layers each; appendix A's list of 13 configurations."""
+    c = settings.preset("llava-ov-0.5b")
+    assert c.sa == (1, 4, 7, 10, 13, 16, 19, 22) and c.ca == (2, 5, 8, 11, 14, 17, 20, 23)
+    text = ("[1,4], [1,7], [1,4,7], [1,4,16], [1,7,16], [1,10,16], [1,4,7,16], [1,4,7,22], [1,4,10,16], [1,4,7,10,16], "
+            "[1,4,7,16,22], [1,4,7,10,16,22], [1,4,7,10,16,19,22]")
+    assert c.viable == tuple(tuple(x) for x in json.loads(f"[{text}]"))
+    assert tiny.model(layers=9).config.viable == ((), (1,), (1, 4), (1, 4, 7))
+
+
 def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="no such directory"):
         VLM.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="or two as"):
+        VLM.from_pretrained("a+b+c")
 
 
 def test_no_import_of_transformers():

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import sample
-from data import chatml, encode, picture, place_images
+from data import chatml, encode, picture, place_images, split_shared
+from flops import llm_flops
 from model import VLM, choose
 from tests import tiny
 
@@ -57,11 +58,16 @@ def test_json_is_complete_and_true(place, capsys):
         assert set(row) == {"question", "answer", "tokens", "sa", "routed", "text_tokens", "vision_tokens", "flops",
                             "seconds"}
         prompt = encode(chatml([place_images(question, 2)]), model.tokenizer, pictures)
-        assert row["tokens"] == model.generate([prompt], (1, 4), max_tokens=6)[0]
+        assert row["tokens"] == model.generate([prompt], (1, 4), max_tokens=6)[0] and len(row["tokens"]) == 6
         assert row["answer"] == model.tokenizer.decode(row["tokens"]).strip()
         assert (row["sa"], row["routed"], row["text_tokens"]) == ([1, 4], False, len(prompt.ids))
         assert row["vision_tokens"] == 2 * (16 + 1)
         assert set(row["flops"]) == {"encoder", "llm", "llm_dense", "saving"} and row["flops"]["saving"] > 1
+        steps = sum(llm_flops(model.config, (1, 4), 1, 0, len(prompt.ids) + i, 34) for i in range(5))
+        shared = encode(split_shared(chatml([place_images(question, 2)]))[0], model.tokenizer, pictures)
+        own = len(prompt.ids) - len(shared.ids)
+        assert row["flops"]["llm"] == steps + llm_flops(model.config, (1, 4), own, 0, len(shared.ids), 34) + \
+            llm_flops(model.config, (1, 4), len(shared.ids), 34, head=False)
         assert set(row["seconds"]) == {"encoder", "prefill", "decode"} and row["seconds"]["encoder"] > 0
     again = [json.loads(line)["tokens"] for line in call(capsys, *words)[1].splitlines()]
     assert again == [row["tokens"] for row in rows] and len(set(again[0])) > 1  # two runs are equal
@@ -107,11 +113,38 @@ def test_budget_takes_the_costliest_that_fits(place, capsys):
 
 def test_packing_by_one_flag(place, capsys):
     """Fewer visual tokens; the saving is measured against dense without packing."""
-    words = ["--model", place / "model", "--image", place / "a.png", "--q", "hi", "--json", "--sa", "1", "--max-tokens", 2]
+    words = ["--model", place / "model", "--image", place / "a.png", "--q", "hi", "--json", "--sa", 1]
     plain, packed = (json.loads(call(capsys, *words, *more)[1]) for more in ([], ["--pack", 2]))
     assert packed["vision_tokens"] < plain["vision_tokens"]
     plain, packed = plain["flops"], packed["flops"]
     assert packed["llm_dense"] == plain["llm_dense"] and packed["llm"] < plain["llm"]
+
+
+def test_sampling_flags_reach_the_model(place, capsys):
+    words = ["--model", place / "dense", "--q", "hi", "--json", "--max-tokens", 8]
+    ask = lambda *more: json.loads(call(capsys, *words, *more)[1])["tokens"]
+    greedy, hot = ask(), ask("--temperature", 5)
+    assert hot != greedy and hot == ask("--temperature", 5) and hot != ask("--temperature", 5, "--seed", 1)
+    assert ask("--temperature", 5, "--top-p", 0.001) == greedy == ask("--temperature", 1e-40)
+
+
+def test_answers_with_line_breaks_stay_on_one_line(place, capsys, monkeypatch):
+    monkeypatch.setattr(VLM, "ask", lambda self, *_, **__: self.tokenizer.encode("a\nb\rc").ids)
+    assert call(capsys, "--model", place / "model", "--q", "hi")[1] == "a b c\n"
+
+
+def test_untrained_configurations_are_announced(place, capsys):
+    assert "no configuration that this checkpoint is trained for" in call(
+        capsys, "--model", place / "dense", "--q", "hi", "--sa", "none")[2]
+
+
+def test_budget_message_names_a_budget_that_works(place, capsys):
+    words = ["--model", place / "model", "--image", place / "a.png", "--max-tokens", 1]
+    for q in ("hi", "hi there", "what is this?"):
+        err = call(capsys, *words, "--q", q, "--budget", 0.001)[2]
+        enough = float(err.split("costs ")[1].split()[0])
+        assert call(capsys, *words, "--q", q, "--budget", enough)[0] == 0
+    assert call(capsys, *words[:2], "--q", "no picture", "--budget", 0.001)[0] == 0  # nothing to save
 
 
 def test_temperature_and_top_p():
@@ -185,8 +218,12 @@ WORDS = {
     "--sa words": (["--q", "hi", "--sa", "all"], "--sa all: give"),
     "--sa negative": (["--q", "hi", "--sa=-1"], "--sa -1: give"),
     "--pack 0.5": (["--q", "hi", "--pack", "0.5"], "--pack 0.5: give a number 1 or more"),
+    "--seed": (["--q", "hi", "--seed", "9" * 30], "--seed"),
+    "--device meta": (["--q", "hi", "--device", "meta"], "--device meta"),
+    "--q of bytes": (["--q", "\udcff"], "not valid UTF-8"),
+    "--explain elsewhere": (["--q", "hi", "--explain", "no/such/e.png"], "--explain"),
+    "--explain of another kind": (["--q", "hi", "--explain", "e.txt"], "--explain"),
     "--budget 0": (["--q", "hi", "--budget", "0"], "--budget"),
-    "--budget too small": (["--q", "hi", "--budget", "0.01"], "raise the budget"),
     "--budget and --sa": (["--q", "hi", "--budget", "0.5", "--sa", "1"], "leave --sa out"),
     "--max-tokens 0": (["--q", "hi", "--max-tokens", "0"], "--max-tokens 0: give a number at least 1"),
     "--top-p 0": (["--q", "hi", "--top-p", "0"], "--top-p"),
