@@ -6,6 +6,7 @@ No torch in here, nor in data.py and flops.py: importing it takes 1.5 s, and flo
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -265,6 +266,8 @@ def run(main):
     """Calls a script's main; a mistake in the input ends like one in the command line, without a traceback."""
     try:
         main()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):  # torch's way to say that there is not enough
             raise

@@ -167,12 +167,12 @@ def cost(config, sa, begin, prompt, answer, pictures, dense_vision, first):
 
 
 def summary(report):
-    """One line for people: what it took."""
+    """Two lines for people: what it cost and what it took."""
     s, n = report["seconds"], len(report["tokens"])
     rate = f" ({n / s['decode']:.1f} tokens/s)" if s["decode"] else ""
-    return (f"{report['text_tokens']} text + {report['vision_tokens']} visual tokens; encoder {s['encoder']:.2f} s, "
-            f"prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}; "
-            f"LLM {report['flops']['llm'] / 1e9:.3g} GFLOP, {report['flops']['saving']:.3g}x less than dense")
+    return (f"{report['text_tokens']} text + {report['vision_tokens']:,} visual tokens; language model "
+            f"{report['flops']['llm'] / 1e9:,.4g} GFLOP, {report['flops']['saving']:.3g}x less than dense\n"
+            f"encoder {s['encoder']:.2f} s, prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}")
 
 
 if __name__ == "__main__":
