@@ -152,8 +152,11 @@ def load_tokenizer(directory):
 
 
 def vocabulary_size(tokenizer):
-    """Rows that the embedding needs; files pad it to more (151936, 152000), with rows that were never trained."""
-    return max(tokenizer.get_vocab().values()) + 1
+    """Rows that the embedding needs; files pad it to more (151936, 152000), with rows that were never trained.
+
+    llava-hf's tokenizers end with <image> and <video>, placeholders that never reach the model.
+    """
+    return max(i for token, i in tokenizer.get_vocab().items() if token not in (IMAGE, "<video>")) + 1
 
 
 def place_images(question, n):
@@ -202,6 +205,8 @@ class Prompt(NamedTuple):
 
 def encode(text, tokenizer, pictures=(), start=0):
     """Tokenises the text between the <image> placeholders and gives every token its place, from `start` on."""
+    if "<video>" in text:
+        raise ValueError("<video> stands for a film, which this model does not take; write the question without it")
     chunks = text.split(IMAGE)
     if len(chunks) != len(pictures) + 1:
         raise ValueError(f"the text has {len(chunks) - 1} {IMAGE} but {len(pictures)} pictures were given")

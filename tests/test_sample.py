@@ -220,6 +220,7 @@ WORDS = {
     "--pack 0.5": (["--q", "hi", "--pack", "0.5"], "--pack 0.5: give a number 1 or more"),
     "--seed": (["--q", "hi", "--seed", "9" * 30], "--seed"),
     "--device meta": (["--q", "hi", "--device", "meta"], "--device meta"),
+    "--q with a film": (["--q", "what is in <video>?"], "<video>"),
     "--q of bytes": (["--q", "\udcff"], "not valid UTF-8"),
     "--explain elsewhere": (["--q", "hi", "--explain", "no/such/e.png"], "--explain"),
     "--explain of another kind": (["--q", "hi", "--explain", "e.txt"], "--explain"),
