@@ -348,10 +348,10 @@ class VLM(nn.Module):
         directories = [find(part) for part in parts]
         config = read_config(directories[0]) if len(parts) == 1 else join_configs(*directories)
         tokenizer = load_tokenizer(directories[-1])
-        if vocabulary_size(tokenizer) > config.vocab:
-            raise ValueError(f"{directories[-1]}/tokenizer.json has {vocabulary_size(tokenizer)} tokens, the model only "
-                             f"{config.vocab}; get both from the same place")
-        config.vocab = vocabulary_size(tokenizer)  # rows beyond are padding
+        if (tokens := vocabulary_size(tokenizer)) > config.vocab:
+            raise ValueError(f"{directories[-1]}/tokenizer.json has {tokens} tokens, the model only {config.vocab}; "
+                             "get both from the same place")
+        config.vocab = tokens  # rows beyond are padding
         files, unexpected = scan(directories, config)
         config.tied = config.tied or "lm_head.weight" not in files
         if config.tied:
