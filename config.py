@@ -60,6 +60,7 @@ class Config:
     # history
     stage: str = "random"           # what made the weights: random, pretrained, 0, 1, 2, 3
     step: int = 0
+    world: str = ""                 # "toy": it has seen toy.py's quilts and nothing else
 
     @property
     def patches(self):

@@ -222,6 +222,37 @@ def encode(text, tokenizer, pictures=(), start=0):
     return Prompt(ids, t_pos, v_pos, list(pictures))
 
 
+def labelled(pieces, tokenizer, pictures=(), start=0):
+    """(Prompt, labels) of consecutive pieces of a conversation, (text, whether it is to be learned).
+
+    labels has a token's own id where it is to be learned, and -1 elsewhere. Pieces meet at special tokens, so the ids
+    are those of the whole text.
+    """
+    prompt, labels = Prompt([], [], [], list(pictures)), []
+    left = list(pictures)
+    for text, learn in pieces:
+        here = [left.pop(0) for _ in range(min(len(left), text.count(IMAGE)))]
+        new = encode(text, tokenizer, here, start)
+        start += len(new.ids) + len(new.v_pos)
+        labels += new.ids if learn else [-1] * len(new.ids)
+        for all_of_it, part in zip(prompt, new[:3]):
+            all_of_it += part
+    if left:
+        raise ValueError(f"{len(pictures)} pictures were given, but the text has {IMAGE} for {len(pictures) - len(left)}")
+    return prompt, labels
+
+
+def turns_to_learn(turns, system=SYSTEM):
+    """A conversation (user, assistant, user, ..., assistant) as pieces for `labelled`: the answers are to be learned,
+    and the <|im_end|> that closes each."""
+    pieces = []
+    for i in range(0, len(turns), 2):
+        asked = chatml(turns[i:i + 1], system)
+        pieces += [(asked if i == 0 else asked[asked.index("<|im_start|>user"):], False),
+                   (turns[i + 1] + "<|im_end|>", True), ("\n", False)]
+    return pieces
+
+
 # --- batches --------------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
@@ -233,9 +264,12 @@ class Batch(NamedTuple):
 
 
 def collate(prompts):
-    def pad(rows, filler):
-        n = max(map(len, rows))
-        return np.array([list(row) + [filler + i * bool(filler) for i in range(n - len(row))] for row in rows],
-                        dtype=np.int64).reshape(len(rows), n)
     return Batch(pad([p.ids for p in prompts], 0), pad([p.t_pos for p in prompts], PAD),
                  pad([p.v_pos for p in prompts], PAD), [p.pictures for p in prompts])
+
+
+def pad(rows, filler):
+    """Lists of numbers -> (rows, the longest) int64, filled on the right; PAD counts up, so that no two are equal."""
+    n, count = max(map(len, rows)), filler == PAD
+    return np.array([list(row) + [filler + i * count for i in range(n - len(row))] for row in rows],
+                    dtype=np.int64).reshape(len(rows), n)

@@ -80,13 +80,14 @@ class LanguageModel(nn.Module):
         cross = [l for l in self.config.ca if l not in sa]
         return cross, max([*sa, *cross], default=-1)
 
-    def forward(self, t, v, t_pos, v_pos, sa, cache=None, trace=None):
+    def forward(self, t, v, t_pos, v_pos, sa, cache=None, trace=None, states=None):
         """Eq. 3: every layer is a self-attention, a cross-attention or a text-only layer.
 
         t (B, Nt, d) text and v (B, Nv, d) vision: the new tokens, with their positions t_pos (B, Nt), v_pos (B, Nv).
         sa: the self-attention layers of this call, the configuration. cache: what earlier tokens left; it grows.
         Returns the normalised text stream (B, Nt, d). With all layers in sa this is Eq. 1, LLaVA-OneVision itself.
         trace: a dict that receives, per layer that looks at vision, where the last text token looked.
+        states: a dict that receives V^(l) of each layer l that refines it.
         """
         cross, last = self.readers(sa)
         at = lay_out(t_pos, v_pos, sa, cross, cache, self.config, t.dtype)
@@ -95,6 +96,8 @@ class LanguageModel(nn.Module):
             look = trace.setdefault(l, []) if trace is not None and (l in sa or l in cross) else None
             if l in sa and l < last:                                              # Eq. 3, case 1
                 v, t = at.part(block(at.join(v, t), at.both, kv, trace=look))
+                if states is not None:
+                    states[l] = v
             elif l in sa:                                                         # case 1, and nobody reads V^(l):
                 t = block(t, at.read, kv, context=at.join(v, t), trace=look)      # only the text asks
             else:
@@ -196,12 +199,12 @@ class VLM(nn.Module):
 
     # --- forward ---
 
-    def forward(self, batch, sa, cache=None, trace=None, clock=None):
+    def forward(self, batch, sa, cache=None, trace=None, clock=None, states=None):
         """Hidden states (B, Nt, d) of the text tokens of a data.Batch; `head` makes logits of those that matter."""
         t, v, t_pos, v_pos = self.embed(batch, clock)
         with timed(clock, "prefill", t.device):
             if not isinstance(sa, list):
-                return self.language_model(t, v, t_pos, v_pos, sa, cache, trace)
+                return self.language_model(t, v, t_pos, v_pos, sa, cache, trace, states)
             if len(sa) != len(t) or cache is not None or trace is not None:
                 raise ValueError(f"{len(sa)} configurations for {len(t)} prompts: give one each, and no cache or trace")
             h = torch.empty_like(t)

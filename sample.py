@@ -90,6 +90,18 @@ def configuration(args, config, text, vision, dense_vision):
     return sa
 
 
+def warn_of_other_worlds(questions, images, tokenizer):
+    """One line for whoever asks the miniature about a photograph."""
+    import toy
+    unknown = tokenizer.token_to_id("<unk>")
+    encoded = [tokenizer.encode(q.replace("<image>", " ")) for q in questions]
+    words = [q[a:b] for q, e in zip(questions, encoded) for i, (a, b) in zip(e.ids, e.offsets) if i == unknown]
+    if words or not all(map(toy.is_quilt, images)):
+        which = f"; it has no word for {', '.join(dict.fromkeys(words))}" if words else ""
+        print(f"this is the miniature: it knows only the quilts of toy.py and questions about them{which}",
+              file=sys.stderr)
+
+
 class Stream:
     """Writes an answer to the terminal as it comes. Bytes of a character that is not complete yet are held back."""
 
@@ -118,6 +130,8 @@ def main(argv=None):
     pictures = [data.picture(image, model.config, alone=len(images) == 1) for image in images]
     dense_vision = sum(data.tiling(*image.size, model.config.unpacked(), alone=len(images) == 1).tokens
                        for image in images)
+    if model.config.world == "toy":
+        warn_of_other_worlds(args.q, images, model.tokenizer)
     stream = sys.stdout.isatty() and not args.json
     caches = {}  # what has been seen: questions with the same beginning and configuration share it
     for question, text in zip(args.q, texts):

@@ -1,13 +1,16 @@
 """What README.md says is still true."""
+import json
 import re
 from pathlib import Path
 
 import flops
 import sample
+import toy
+import train
 from config import preset
 from data import tiling
 from flops import llm_flops
-from paper import numbers
+from paper import miniature, numbers
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -22,6 +25,8 @@ def test_commands_parse_and_their_files_exist():
     for line in re.findall(r"python sample\.py (.*)", TEXT):
         words = re.findall(r'"[^"]*"|\S+', line)
         sample.parse([w.strip('"') for w in words])
+    for program, flags in re.findall(r"`python (train|toy)\.py ?([^`]*)`", TEXT):
+        {"train": train, "toy": toy}[program].parse(flags.replace("DIR", "somewhere").split())
     for path in re.findall(r"(?<=\s)((?:assets|nano|tests)/[\w./]*)", TEXT):
         assert (ROOT / path).exists(), path
 
@@ -43,3 +48,10 @@ def test_tables_are_what_the_programs_print(capsys):
     shown = re.search(r"```\n(llava-ov-0.5b\n.*?)```", TEXT, re.S)[1]
     flops.main(re.search(r"python flops\.py (--sa .*?)`", TEXT)[1].split())
     assert capsys.readouterr().out == shown
+
+
+def test_the_miniatures_figures_are_those_that_were_measured():
+    rows = json.loads((ROOT / "paper" / "results" / "miniature.json").read_text())["rows"]
+    assert miniature.table(rows)[0] in TEXT
+    for name, task in toy.TASKS.items():
+        assert re.search(rf"^\| {name} \| {task.ask.split('{')[0]}.*\| {task.like} \| {task.level}", TEXT, re.M), name

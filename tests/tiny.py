@@ -1,6 +1,4 @@
-"""Small models and pictures for the tests. `python -m tests.tiny DIR` writes a random checkpoint."""
-import sys
-
+"""Small models and pictures for the tests."""
 import numpy as np
 import torch
 from PIL import Image
@@ -52,16 +50,3 @@ def shake(m, scale=1.0):
 
 def image(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def write_random(directory, seed=6):
-    """A checkpoint that answers nonsense: something to run while there are no trained weights."""
-    torch.manual_seed(seed)
-    m = VLM(config(layers=12))
-    m.tokenizer = tokenizer()
-    m.add_cross_attention()
-    shake(m, 0.7).save_pretrained(directory)
-
-
-if __name__ == "__main__":
-    write_random(sys.argv[1])
