@@ -238,7 +238,7 @@ def labelled(pieces, tokenizer, pictures=(), start=0):
         for all_of_it, part in zip(prompt, new[:3]):
             all_of_it += part
     if left:
-        raise ValueError(f"{len(pictures)} pictures were given, but the text has {IMAGE} for {len(pictures) - len(left)}")
+        raise ValueError(f"the text has {len(pictures) - len(left)} {IMAGE} but {len(pictures)} pictures were given")
     return prompt, labels
 
 

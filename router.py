@@ -1,7 +1,7 @@
 """Which self-attention layers run: what each configuration can do, and what it costs (paper 4.2.3, 4.3).
 
 `examine` asks a model the same questions in several configurations and notes, for every question, whether the answer
-is right and how likely the model found it. `report` turns that into accuracy by configuration and task. An exam is a
+is right and how likely the model found it. `Report` turns that into accuracy by configuration and task. An exam is a
 list of (image, [(task, question, answer), ...]).
 """
 import json
@@ -107,11 +107,9 @@ class Report:
         Path(path).write_text(json.dumps({"groups": self.groups, "rows": self.rows}, indent=1) + "\n")
 
     def draw(self, path):
-        """Two panels: accuracy against saving, a point for each configuration and group; accuracy by task."""
-        try:
-            import matplotlib
-        except ImportError:
-            raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
+        """Two panels: accuracy against saving, a point for each configuration and group; accuracy by task. ImportError
+        without matplotlib, which only drawing needs."""
+        import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(1, 1.35), constrained_layout=True)

@@ -29,21 +29,21 @@ CELL, STITCH, SIDE = 12, 2, 6  # pixels of a cell, of a stitch; cells along a qu
 GROUND = {"red": (178, 92, 86), "green": (86, 150, 96), "blue": (88, 110, 176), "yellow": (176, 150, 78)}
 CONTRAST, MOTTLE = 64, 10      # a stitch is +- this around its ground; the cloth's own brightness varies by this
 FONT = """
-a .XXX. c .XXXX e XXXXX h X...X k X...X l X.... p XXXX. t XXXXX x X...X
-a X...X c X.... e X.... h X...X k X..X. l X.... p X...X t ..X.. x .X.X.
-a XXXXX c X.... e XXXX. h XXXXX k XXX.. l X.... p XXXX. t ..X.. x ..X..
-a X...X c X.... e X.... h X...X k X..X. l X.... p X.... t ..X.. x .X.X.
-a X...X c .XXXX e XXXXX h X...X k X...X l XXXXX p X.... t ..X.. x X...X
-0 .XXX. 1 ..X.. 2 XXXX. 3 XXXX. 4 X..X. 5 XXXXX 6 .XXX. 7 XXXXX 8 .XXX. 9 .XXX.
-0 X...X 1 .XX.. 2 ....X 3 ....X 4 X..X. 5 X.... 6 X.... 7 ....X 8 X...X 9 X...X
-0 X...X 1 ..X.. 2 .XXX. 3 .XXX. 4 XXXXX 5 XXXX. 6 XXXX. 7 ...X. 8 .XXX. 9 .XXXX
-0 X...X 1 ..X.. 2 X.... 3 ....X 4 ...X. 5 ....X 6 X...X 7 ..X.. 8 X...X 9 ....X
-0 .XXX. 1 .XXX. 2 XXXXX 3 XXXX. 4 ...X. 5 XXXX. 6 .XXX. 7 ..X.. 8 .XXX. 9 .XXX.
-star ..X.. heart .X.X. moon .XXX. grid .X.X. cross ..X.. box XXXXX gem ..X.. tree ..X..
-star XXXXX heart XXXXX moon ..XX. grid XXXXX cross ..X.. box X...X gem .XXX. tree .XXX.
-star .XXX. heart XXXXX moon ...XX grid .X.X. cross XXXXX box X...X gem XXXXX tree .XXX.
-star XX.XX heart .XXX. moon ..XX. grid XXXXX cross ..X.. box X...X gem .XXX. tree XXXXX
-star X...X heart ..X.. moon .XXX. grid .X.X. cross ..X.. box XXXXX gem ..X.. tree ..X..
+a .###. c .#### e ##### h #...# k #...# l #.... p ####. t ##### x #...#
+a #...# c #.... e #.... h #...# k #..#. l #.... p #...# t ..#.. x .#.#.
+a ##### c #.... e ####. h ##### k ###.. l #.... p ####. t ..#.. x ..#..
+a #...# c #.... e #.... h #...# k #..#. l #.... p #.... t ..#.. x .#.#.
+a #...# c .#### e ##### h #...# k #...# l ##### p #.... t ..#.. x #...#
+0 .###. 1 ..#.. 2 ####. 3 ####. 4 #..#. 5 ##### 6 .###. 7 ##### 8 .###. 9 .###.
+0 #...# 1 .##.. 2 ....# 3 ....# 4 #..#. 5 #.... 6 #.... 7 ....# 8 #...# 9 #...#
+0 #...# 1 ..#.. 2 .###. 3 .###. 4 ##### 5 ####. 6 ####. 7 ...#. 8 .###. 9 .####
+0 #...# 1 ..#.. 2 #.... 3 ....# 4 ...#. 5 ....# 6 #...# 7 ..#.. 8 #...# 9 ....#
+0 .###. 1 .###. 2 ##### 3 ####. 4 ...#. 5 ####. 6 .###. 7 ..#.. 8 .###. 9 .###.
+star ..#.. heart .#.#. moon .###. grid .#.#. cross ..#.. box ##### gem ..#.. tree ..#..
+star ##### heart ##### moon ..##. grid ##### cross ..#.. box #...# gem .###. tree .###.
+star .###. heart ##### moon ...## grid .#.#. cross ##### box #...# gem ##### tree .###.
+star ##.## heart .###. moon ..##. grid ##### cross ..#.. box #...# gem .###. tree #####
+star #...# heart ..#.. moon .###. grid .#.#. cross ..#.. box ##### gem ..#.. tree ..#..
 """
 
 
@@ -53,7 +53,7 @@ def _signs():
     for line in FONT.split("\n"):
         words = line.split()
         for name, row in zip(words[::2], words[1::2]):
-            rows.setdefault(name, []).append([x == "X" for x in row])
+            rows.setdefault(name, []).append([x == "#" for x in row])
     return {name: np.array(x) for name, x in rows.items()}
 
 
@@ -106,9 +106,9 @@ MARKS = ["same", "changed", "even", "odd", "kept", "updated", "single", "pairs"]
 
 TRAIN, EXAM = 0, 1  # the first number of every seed: what is learned from and what is asked in exams never meet
 CELL_TOKENS = [9 + 7 * row + column for row in range(SIDE) for column in range(SIDE)]  # the base tile has 9; newlines
-# A new cross-attention starts from its layer's own weights, so it belongs where the dense model looks at the picture. For
-# shapes that is layer 0 (without it, "where" falls from 1.00 to .07): with ca 2, 5, 8, 11 it was at .20 after 400 steps
-# of stage 2, with 0, 5, 8, 11 at 1.00. The first candidate is 4, so that a router can look before it decides.
+# A new cross-attention starts from its layer's own weights, so it belongs where the dense model looks at the picture.
+# For shapes that is layer 0 (without it, "where" falls from 1.00 to .07): with ca 2, 5, 8, 11 it was at .20 after 400
+# steps of stage 2, with 0, 5, 8, 11 at 1.00. The first candidate is 4, so that a router can look before it decides.
 CA, SA = (0, 5, 8, 11), (4, 7, 10)
 VIABLE = ((), (4,), (7,), (4, 7), (4, 10), (4, 7, 10))
 

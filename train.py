@@ -142,8 +142,8 @@ def learn(model, quilts, item, sa, words, seed):
 
     words: the weight of what visual tokens say, stage 0's auxiliary loss. The pictures run once more, without the
     questions: the connector's output is to say the words of level 0, and what the first, second, third self-attention
-    candidate makes of it those of level 1, 2, 3. Every other layer rests with probability 1/2 (stochastic depth, Huang
-    et al. 2016): what a layer has learned is not to depend on all those before it, as in large models.
+    candidate makes of it those of level 1, 2, 3. Every other layer but the last rests with probability 1/2 (stochastic
+    depth, Huang et al. 2016): what a layer has learned is not to depend on all those before it, as in large models.
     """
     batch, labels, pictures = item
     t, v, t_pos, v_pos = model.embed(batch)
@@ -152,7 +152,7 @@ def learn(model, quilts, item, sa, words, seed):
         n, states = model.config.layers, {}
         runs = np.random.default_rng(seed).random(n) < 0.5
         sa = tuple(l for l in range(n) if runs[l] or l in toy.SA or l == n - 1)
-        model.language_model(t[:, :2], v, t_pos[:, :2], v_pos, sa, states=states)
+        model.language_model(t[:, :2], v, t_pos[:, :2], v_pos, sa, states=states)  # two tokens stand before a picture
         states[-1] = v
         truth = torch.zeros(())
         for level, l in enumerate((-1, *toy.SA)):
@@ -256,6 +256,7 @@ def train(model, stage, out, settings, checkpoint=None):
             checkpoint = save(out, model, opts, {**s, "stage": stage, "step": step + 1})
         if asked_to_stop and not done:
             bar.close()
+            signal.signal(signal.SIGINT, before)
             print(f"stopped after step {step + 1} of {s['steps']}, saved as {checkpoint}; add --resume to the same "
                   "command to go on", file=sys.stderr)
             raise SystemExit(130)
@@ -306,7 +307,7 @@ def parse(argv=None):
                    "(default: 250)")
     p.add_argument("--seed", type=int, default=0, help="(default: 0)")
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
-    p.add_argument("--resume", action="store_true", help="go on with what is in --out")
+    p.add_argument("--resume", action="store_true", help="go on with what is in --out, in its own settings")
     args = p.parse_args(argv)
     for name in ("steps", "batch_size", "turns", "save_every", "exam", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -361,8 +362,11 @@ def report(model, args, out):
     table = router.Report(c, results, GROUPS, *USUAL)
     print(table.text())
     table.save(out / "table.json")
-    table.draw(out / "table.png")
-    print(f"{out}/table.json, {out}/table.png", file=sys.stderr)
+    try:
+        table.draw(out / "table.png")
+    except ImportError:
+        print(f"no {out}/table.png: drawing needs matplotlib (pip install matplotlib)", file=sys.stderr)
+    print(f"the table is in {out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

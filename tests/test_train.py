@@ -1,5 +1,6 @@
 """The training loop: optimisers, frozen parts, resume, and what the command line does."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import toy
 import train
 from config import run
 from model import VLM
+from paper import ablate
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,25 @@ def test_all_stages_in_turn_and_the_table(tmp_path, capsys):
     assert VLM.from_pretrained(train.newest(tmp_path, [2])).config.stage == "2"
     assert call("--out", tmp_path) == 2 and "--resume" in capsys.readouterr().err
     assert call("--out", tmp_path, "--resume") == 0  # nothing is left to do but the table
+
+
+def test_without_matplotlib_the_table_is_there_and_nothing_fails(dense, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert call("--stage", 1, "--model", dense, "--steps", 1, "--out", tmp_path) == 0
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert (tmp_path / "table.json").exists() and not (tmp_path / "table.png").exists()
+
+
+def test_ablations_run_once_and_make_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "RESULTS", tmp_path / "ablate.json")
+    monkeypatch.setattr(ablate, "STEPS", 1)
+    monkeypatch.setitem(train.RECIPES, 1, {**train.RECIPES[1], "steps": 1})
+    words = ["--out", str(tmp_path), "--seed", "0", "--exam", "2", "--only", "4 alone", "--only", "universal"]
+    ablate.main(words)
+    ablate.main([*words, "--report"])
+    runs = json.loads((tmp_path / "ablate.json").read_text())["runs"]
+    assert [(r["run"], len(r["rows"])) for r in runs] == [("4 alone", 1), ("universal", len(toy.VIABLE))]
+    assert "| 4 | 3.71x |" in capsys.readouterr().out
 
 
 def test_older_checkpoints_go_and_unfinished_ones_do_not_count(dense, tmp_path):
