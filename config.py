@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import combinations
 from pathlib import Path
 
 PAD = 1 << 30  # positions from here on belong to padding; every real token stands before it
@@ -57,6 +58,7 @@ class Config:
     ca: tuple = ()                  # layers that have a cross-attention (paper 4.2.1)
     sa: tuple = ()                  # layers that may run as self-attention over both streams (paper 4.2.2)
     viable: tuple = ()              # configurations (subsets of sa) that the model is trained for (paper 4.2.3)
+    router: bool = False            # it has a policy that chooses among them (paper 4.3)
     # history
     stage: str = "random"           # what made the weights: random, pretrained, 0, 1, 2, 3
     step: int = 0
@@ -71,6 +73,16 @@ class Config:
     def side(self):
         """Tokens along one side of a tile, as the language model sees it: fewer than patches where they are packed."""
         return max(1, int(self.patches / math.sqrt(self.pack) + 0.5))
+
+    def readers(self, sa):
+        """(the cross-attentions that run, the last layer that reads v). In a layer of sa its cross-attention rests."""
+        cross = [l for l in self.ca if l not in sa]
+        return cross, max([*sa, *cross], default=-1)
+
+    @property
+    def fork(self):
+        """The first layer in which viable configurations differ: the route is taken before it. None without any."""
+        return min(forks(self.viable), default=None)
 
     def unpacked(self):
         """The same without token packing: what savings are measured against."""
@@ -94,6 +106,8 @@ class Config:
         if not self.pinpoints or not all(len(p) == 2 and min(p) >= 1 for p in self.pinpoints):
             raise ValueError("pinpoints: a list of at least one (columns, rows) is needed")
         self._check_layers(self.ca, self.sa, self.viable)
+        if self.router and self.fork is None:
+            raise ValueError("a router needs at least two viable configurations to choose from")
 
     def _check_layers(self, ca, sa, viable):
         for l in (*ca, *sa):
@@ -131,6 +145,11 @@ class Config:
         if sa[-1] >= self.layers:
             raise ValueError(f"--sa {text}: there is no layer {sa[-1]}; this model has layers 0 to {self.layers - 1}")
         return sa
+
+
+def forks(configurations):
+    """The layers in which two configurations differ that agree in all layers before."""
+    return {min(set(a) ^ set(b)) for a, b in combinations(configurations, 2) if set(a) != set(b)}
 
 
 PRESETS = {

@@ -5,6 +5,7 @@ of a given size costs, and `pixels`, the model and flops.py all follow it. What 
 said at the line that differs.
 """
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from config import PAD
 
 IMAGE = "<image>"  # stands for a picture in a question; never becomes a token of the language model
 SYSTEM = "You are a helpful assistant."
+ANSWER = "<|im_start|>assistant\n"  # after it an answer is due
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def chatml(turns, system=SYSTEM):
     text = f"<|im_start|>system\n{system}<|im_end|>\n"
     for i, turn in enumerate(turns):
         text += f"<|im_start|>{'assistant' if i % 2 else 'user'}\n{turn}<|im_end|>\n"
-    return text + "<|im_start|>assistant\n" if len(turns) % 2 else text
+    return text + ANSWER if len(turns) % 2 else text
 
 
 def split_shared(text):
@@ -196,6 +198,7 @@ class Prompt(NamedTuple):
     t_pos: list      # position of each text token
     v_pos: list      # position of each visual token
     pictures: list   # Picture, in order
+    asks: list = ()  # positions at which answers are due, for the router
 
     @property
     def end(self):
@@ -210,16 +213,18 @@ def encode(text, tokenizer, pictures=(), start=0):
     chunks = text.split(IMAGE)
     if len(chunks) != len(pictures) + 1:
         raise ValueError(f"the text has {len(chunks) - 1} {IMAGE} but {len(pictures)} pictures were given")
-    ids, t_pos, v_pos = [], [], []
+    ids, t_pos, v_pos, asks = [], [], [], []
     for i, chunk in enumerate(chunks):
-        new = tokenizer.encode(chunk, add_special_tokens=False).ids
-        ids += new
-        t_pos += range(start, start + len(new))
-        start += len(new)
+        new = tokenizer.encode(chunk, add_special_tokens=False)
+        ids += new.ids
+        t_pos += range(start, start + len(new.ids))
+        for due in re.finditer(re.escape(ANSWER), chunk):
+            asks.append(start + sum(end <= due.end() for _, end in new.offsets))
+        start += len(new.ids)
         if i < len(pictures):
             v_pos += range(start, start + pictures[i].tiling.tokens)
             start += pictures[i].tiling.tokens
-    return Prompt(ids, t_pos, v_pos, list(pictures))
+    return Prompt(ids, t_pos, v_pos, list(pictures), asks)
 
 
 def labelled(pieces, tokenizer, pictures=(), start=0):
@@ -228,14 +233,14 @@ def labelled(pieces, tokenizer, pictures=(), start=0):
     labels has a token's own id where it is to be learned, and -1 elsewhere. Pieces meet at special tokens, so the ids
     are those of the whole text.
     """
-    prompt, labels = Prompt([], [], [], list(pictures)), []
+    prompt, labels = Prompt([], [], [], [], []), []
     left = list(pictures)
     for text, learn in pieces:
         here = [left.pop(0) for _ in range(min(len(left), text.count(IMAGE)))]
         new = encode(text, tokenizer, here, start)
         start += len(new.ids) + len(new.v_pos)
         labels += new.ids if learn else [-1] * len(new.ids)
-        for all_of_it, part in zip(prompt, new[:3]):
+        for all_of_it, part in zip(prompt, new):
             all_of_it += part
     if left:
         raise ValueError(f"the text has {len(pictures) - len(left)} {IMAGE} but {len(pictures)} pictures were given")
@@ -261,11 +266,12 @@ class Batch(NamedTuple):
     t_pos: np.ndarray  # (B, Nt) int64; PAD, PAD + 1, ... where padded
     v_pos: np.ndarray  # (B, Nv) likewise
     pictures: list     # per prompt, its Pictures
+    asks: list         # per prompt, the positions at which answers are due
 
 
 def collate(prompts):
     return Batch(pad([p.ids for p in prompts], 0), pad([p.t_pos for p in prompts], PAD),
-                 pad([p.v_pos for p in prompts], PAD), [p.pictures for p in prompts])
+                 pad([p.v_pos for p in prompts], PAD), [p.pictures for p in prompts], [p.asks for p in prompts])
 
 
 def pad(rows, filler):

@@ -34,15 +34,15 @@ def connector_flops(c, tiles):
     return 2 * tiles * c.side ** 2 * (c.vision_hidden * (4 if c.pack_widen else 1) * c.hidden + c.hidden ** 2)
 
 
-def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False, head=True):
+def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False, head=True, layers=None):
     """The language model over `text` and `vision` new tokens, with the logits of one; `past_*` ones are in the cache.
 
     A prompt is text, vision > 0 with no past; each generated token is text = 1, vision = 0 with all else past.
     paper: the paper's convention instead of what is executed. head=False: without logits, as in VLM.see.
+    layers: those that run (default: all).
     """
     d, wide, narrow = c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    cross = [l for l in c.ca if l not in sa]
-    last = max([*sa, *cross], default=-1)
+    cross, last = c.readers(sa)
 
     def block(asking, keys, pairs):  # one Qwen2 layer: q and o, k and v, the MLP, and attention over query-key pairs
         return 2 * asking * (2 * d * wide + 3 * d * c.ffn) + 4 * keys * d * narrow + 4 * pairs * wide
@@ -53,7 +53,7 @@ def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False, head
     both, past = text + vision, past_text + past_vision
     seen = vision + past_vision
     total = 2 * d * c.vocab * head
-    for l in range(c.layers):
+    for l in range(c.layers) if layers is None else layers:
         if l in sa and (l < last or not vision or paper):
             total += block(both, both, pairs(both, past))
         elif l in sa:  # the last layer that reads vision: only the text asks
@@ -70,19 +70,23 @@ def answer_flops(c, sa, text, vision, answer):
     return sum(llm_flops(c, sa, 1, 0, text + i, vision) for i in range(answer - 1))
 
 
+def router_flops(c, text, vision):
+    """The routing token behind a prompt: through the layers before the first that may be skipped, and the MLP."""
+    way = llm_flops(c, c.viable[0], 1, 0, text, vision, head=False, layers=range(c.fork))
+    return way + 2 * c.hidden * (c.hidden + len(c.viable))
+
+
 # --- memory and parameters ------------------------------------------------------------------------------------------
 
 def cache_bytes(c, sa, text, vision, itemsize=2):
     """Keys and values: text and vision in self-attention layers, text in the others, vision in cross-attentions."""
-    cross = len([l for l in c.ca if l not in sa])
-    tokens = sum(text + vision * (l in sa) for l in range(c.layers)) + cross * vision
+    tokens = sum(text + vision * (l in sa) for l in range(c.layers)) + len(c.readers(sa)[0]) * vision
     return tokens * 2 * c.kv_heads * c.head_dim * itemsize
 
 
 def activation_bytes(c, sa, text, vision, itemsize=2):
     """The largest single tensor of the prompt's way through the language model: an MLP's inside, or vision itself."""
-    cross = [l for l in c.ca if l not in sa]
-    refined = [l for l in sa if l < max([*sa, *cross])]  # the last reader's MLP runs on text alone
+    refined = [l for l in sa if l < c.readers(sa)[1]]  # the last reader's MLP runs on text alone
     return itemsize * max((text + vision * bool(refined)) * c.ffn, vision * c.hidden)
 
 
@@ -101,7 +105,7 @@ def cross_parameters(c):
 # --- budgets --------------------------------------------------------------------------------------------------------
 
 def within_budget(c, budget, text, vision, dense_vision):
-    """The costliest viable configuration whose prompt costs at most `budget` of dense. Raises ValueError.
+    """The viable configurations whose prompt costs at most `budget` of dense, the costliest first. Raises ValueError.
 
     Dense has the `dense_vision` visual tokens that the prompt has without packing.
     """
@@ -110,13 +114,13 @@ def within_budget(c, budget, text, vision, dense_vision):
     if not costs:
         raise ValueError("--budget: this checkpoint has no viable configurations; give --sa instead")
     if not vision:  # then all cost the same
-        return max(costs, key=len)
-    affordable = [sa for sa in costs if costs[sa] <= budget]
+        return sorted(costs, key=len, reverse=True)
+    affordable = sorted([sa for sa in costs if costs[sa] <= budget], key=costs.get, reverse=True)
     if not affordable:
         cheapest = min(costs, key=costs.get)
         raise ValueError(f"--budget {budget:g}: the cheapest viable configuration, --sa {name(c, cheapest)}, costs "
                          f"{math.ceil(costs[cheapest] * 1000) / 1000:g} of dense; raise the budget to that")
-    return max(affordable, key=costs.get)
+    return affordable
 
 
 def name(c, sa):

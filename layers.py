@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import PAD
+from config import PAD, forks
 
 
 def attend(q, k, v, mask=None, causal=False, trace=None):
@@ -262,13 +262,99 @@ def cross_span(t_pos, v_pos, slots, all_pos, dtype):
                      int(picture.max()) if v_pos.shape[1] else 0)
 
 
+class Policy(nn.Module):
+    """Which configuration a question needs (paper 4.3): a routing token to put after it, and the MLP that reads the
+    token once it has passed the layers that all viable configurations share."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(c.hidden))
+        self.norm = nn.RMSNorm(c.hidden, c.rms_eps)
+        self.up = nn.Linear(c.hidden, c.hidden)
+        self.down = nn.Linear(c.hidden, len(c.viable))
+
+    def forward(self, z):
+        """z (B, 1, d), the routing token before layer `fork` -> scores of the viable configurations (B, viable)."""
+        return self.down(F.gelu(self.up(self.norm(z[:, 0]))))
+
+
+# --- where tokens stand --------------------------------------------------------------------------------------------
+
+class Layout(NamedTuple):
+    """Where new tokens stand, for each kind of layer; worked out once, before the first of them."""
+    order: torch.Tensor   # (B, Nv + Nt) the interleaved sequence as indices into [v; t]
+    place: torch.Tensor   # its inverse: where each token of [v; t] stands in the interleaved sequence
+    nv: int
+    text: NamedTuple      # Span of a layer on t alone
+    both: NamedTuple      # Span of a layer on the interleaved streams
+    read: NamedTuple      # the same with queries from t only
+    cross: NamedTuple     # CrossSpan; None when there is no vision at all
+
+    def join(self, v, t):
+        """The two streams as one sequence in order of position: (B, Nv + Nt, d)."""
+        return pick(torch.cat([v, t], dim=1), self.order) if self.nv else t
+
+    def part(self, x):
+        """The inverse of join: v, t."""
+        return pick(x, self.place).split([self.nv, x.shape[1] - self.nv], dim=1) if self.nv else (x[:, :0], x)
+
+
+def lay_out(t_pos, v_pos, configurations, cache, c, dtype):
+    """The Layout of new tokens at t_pos (B, Nt) and v_pos (B, Nv) for any of these configurations."""
+    batch, nv = v_pos.shape
+    n_text, n_vision = (cache.n_text, cache.n_vision) if cache else ([0] * batch,) * 2
+    pos = torch.cat([v_pos, t_pos], dim=1)
+    order = pos.argsort(dim=1, stable=True)
+    place = order.argsort(dim=1)
+    both = read = seen = None
+    if any(configurations):
+        past = [a + b for a, b in zip(n_text, n_vision)]
+        both = causal_span(past, pos.gather(1, order), c)
+        read = causal_span(past, pos.gather(1, order), c, ask=place[:, nv:]) if nv else both
+    if top := max(n_vision) + nv:
+        slots = torch.tensor(n_vision, device=v_pos.device)[:, None] + torch.arange(nv, device=v_pos.device)
+        all_pos = cache.see(v_pos, slots, top) if cache else v_pos
+        if any(c.readers(sa)[0] for sa in configurations):
+            seen = cross_span(t_pos, v_pos, slots, all_pos, dtype)
+    return Layout(order, place, nv, causal_span(n_text, t_pos, c), both, read, seen)
+
+
+class Part:
+    """New tokens of a batch on their way through the layers, in one configuration or in several.
+
+    What comes before the first layer in which two configurations differ is the same work for both, and done once: the
+    streams are kept where configurations part, and where a run stopped.
+    """
+
+    def __init__(self, t, v, t_pos, v_pos, configurations, cache, config, reached=(0, ())):
+        """t (B, Nt, d) text and v (B, Nv, d) vision, with their positions t_pos (B, Nt), v_pos (B, Nv).
+
+        configurations: those in which it may run. cache: what earlier tokens left; `run` adds to it.
+        reached: (the layer that t and v are about to enter, the self-attention layers behind them).
+        """
+        self.t_pos, self.v_pos, self.cache = t_pos, v_pos, cache
+        self.at = lay_out(t_pos, v_pos, configurations, cache, config, t.dtype)
+        self.forks = forks(configurations)
+        self.last = max(config.readers(sa)[1] for sa in configurations)  # nobody reads v after this layer
+        self.streams = {reached: (t, v)}
+
+    def reached(self, sa, stop):
+        """(layer, t, v): how far it has come, up to layer `stop`, in a configuration that agrees with sa so far."""
+        layer = max(l for l, behind in self.streams if l <= stop and behind == before(sa, l))
+        return layer, *self.streams[layer, before(sa, layer)]
+
+
+def before(sa, l):
+    return tuple(x for x in sa if x < l)
+
+
 # --- cache ----------------------------------------------------------------------------------------------------------
 
 class KV:
     """Keys and values of one layer, pre-allocated: k and v are (B, room, Hkv, D)."""
 
-    def __init__(self, batch, room, c, like):
-        self.k, self.v = (like.new_zeros(batch, room, c.kv_heads, c.head_dim) for _ in "kv")
+    def __init__(self, k, v):
+        self.k, self.v = k, v
 
     def write(self, k, v, slots, top):
         """Puts new k, v (B, N, Hkv, D) into slots (B, N), returns the first `top` slots. Grows if it must."""
@@ -281,20 +367,44 @@ class KV:
 
 
 class Cache:
-    """What a batch of prompts, all in one configuration, leaves behind for the next tokens.
+    """What a batch of prompts leaves behind for the next tokens, in one configuration or in several.
 
     A self-attention layer keeps text and vision, any other layer keeps text only; a cross-attention keeps the keys
     and values of the vision, computed once per picture. So memory falls with the number of self-attention layers.
+    What layer l keeps depends on the self-attention layers up to l alone: configurations share it until they differ.
     Slots follow the order of the tokens; a pad is overwritten by the first token that comes after it.
     """
 
-    def __init__(self, sa, cross, batch, text_room, vision_room, c, like):
-        """sa: the configuration; cross: the layers whose cross-attention runs in it. Room is in tokens per sample."""
-        self.sa = sa
-        self.layers = [KV(batch, text_room + vision_room * (l in sa), c, like) for l in range(c.layers)]
-        self.cross = {l: KV(batch, vision_room, c, like) for l in cross}
-        self.v_pos = torch.full((batch, vision_room), PAD, device=like.device)
+    def __init__(self, configurations, batch, text_room, vision_room, c, dtype, device):
+        """configurations: those in which it may be used. Room is in tokens per sample."""
+        self.configurations, self.room, self.dtype, self.config = configurations, (text_room, vision_room), dtype, c
+        self.kv = {}     # (kind, layer, the self-attention layers up to it) -> KV
+        self.parts = []  # tokens that other configurations may still have to read
+        self.v_pos = torch.full((batch, vision_room), PAD, device=device)
         self.n_text, self.n_vision = [0] * batch, [0] * batch  # tokens of each sample so far
+
+    def layer(self, l, sa):
+        """The KV of layer l in configuration sa."""
+        return self._get("self", l, sa, self.room[0] + self.room[1] * (l in sa))
+
+    def cross(self, l, sa):
+        """The KV of the cross-attention in layer l in configuration sa."""
+        return self._get("cross", l, sa, self.room[1])
+
+    def _get(self, kind, l, sa, room):
+        key = kind, l, tuple(sorted(x for x in sa if x <= l))
+        if key not in self.kv:
+            shape = len(self.n_text), room, self.config.kv_heads, self.config.head_dim
+            self.kv[key] = KV(*(torch.zeros(shape, dtype=self.dtype, device=self.v_pos.device) for _ in "kv"))
+        return self.kv[key]
+
+    def rows(self, index):
+        """A cache of its own for some of the samples, with a copy of what they have so far."""
+        new = Cache(self.configurations, 0, *self.room, self.config, self.dtype, self.v_pos.device)
+        new.kv = {key: KV(kv.k[index], kv.v[index]) for key, kv in self.kv.items()}
+        new.v_pos = self.v_pos[index]
+        new.n_text, new.n_vision = ([n[i] for i in index.tolist()] for n in (self.n_text, self.n_vision))
+        return new
 
     def see(self, v_pos, slots, top):
         """Notes the positions of new visual tokens; returns those of all so far, (B, top)."""
@@ -302,6 +412,12 @@ class Cache:
             self.v_pos = F.pad(self.v_pos, (0, top - self.v_pos.shape[1]), value=PAD)
         self.v_pos.scatter_(1, slots, v_pos)
         return self.v_pos[:, :top]
+
+    def keep(self, part):
+        """What a part (model.Part) has brought stays; other configurations may read it later."""
+        self.advance(part.t_pos, part.v_pos)
+        if len(self.configurations) > 1:
+            self.parts.append(part)
 
     def advance(self, t_pos, v_pos):
         self.n_text = [a + b for a, b in zip(self.n_text, (t_pos < PAD).sum(1).tolist())]
@@ -313,15 +429,15 @@ class Cache:
         return self.n_text[0] + self.n_vision[0]
 
     def mark(self):
-        return list(self.n_text), list(self.n_vision)
+        return list(self.n_text), list(self.n_vision), len(self.parts)
 
     def rewind(self, mark):
         """Forgets what came after the mark; its slots will be written again."""
-        self.n_text, self.n_vision = list(mark[0]), list(mark[1])
+        self.n_text, self.n_vision, self.parts = list(mark[0]), list(mark[1]), self.parts[:mark[2]]
         slots = torch.arange(self.v_pos.shape[1], device=self.v_pos.device)
         forgotten = slots >= torch.tensor(self.n_vision, device=slots.device)[:, None]
         self.v_pos = self.v_pos.masked_fill(forgotten, PAD)
 
     @property
     def nbytes(self):
-        return sum(x.nbytes for kv in (*self.layers, *self.cross.values()) for x in (kv.k, kv.v))
+        return sum(x.nbytes for kv in self.kv.values() for x in (kv.k, kv.v))

@@ -1,25 +1,20 @@
 """VISOR on LLaVA-OneVision: SigLIP tower -> connector -> a Qwen2 that keeps text and vision in two streams.
 
-The heart is LanguageModel.forward: which layers see vision, and how (paper 4.1 to 4.2.2). Around it: pictures to
-visual tokens, weights in and out, generation. There are no image placeholder tokens inside the language model.
+The heart is LanguageModel.run: which layers see vision, and how (paper 4.1 to 4.2.2). Around it: pictures to visual
+tokens, the route (4.3), generation. There are no image placeholder tokens inside the language model.
 """
-import os
-import re
-import shutil
-import sys
 import time
-from pathlib import Path
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from config import join_configs, read_config
-from data import Prompt, collate, load_tokenizer, vocabulary_size
-from layers import Block, Cache, CrossAttention, SiglipBlock, causal_span, cross_span, pack, pick
-from weights import find, open_weights, scan
+import weights
+from config import forks
+from data import Prompt, collate
+from flops import llm_flops
+from layers import Block, Cache, CrossAttention, Part, Policy, SiglipBlock, before, pack
 
 
 class VisionTower(nn.Module):
@@ -75,75 +70,54 @@ class LanguageModel(nn.Module):
         self.cross = nn.ModuleDict({str(l): CrossAttention(c) for l in c.ca})
         self.norm = nn.RMSNorm(c.hidden, c.rms_eps)
 
-    def readers(self, sa):
-        """(the cross-attentions that run, the last layer that reads v). In a layer of sa its cross-attention rests."""
-        cross = [l for l in self.config.ca if l not in sa]
-        return cross, max([*sa, *cross], default=-1)
+    def forward(self, t, v, t_pos, v_pos, sa, cache=None, trace=None, states=None, rest=()):
+        """The normalised text stream (B, Nt, d) after all layers. Arguments: as in Part and in `run`."""
+        part = Part(t, v, t_pos, v_pos, [sa], cache, self.config)
+        t = self.finish(part, sa, trace, states, rest)
+        if cache:
+            cache.advance(t_pos, v_pos)
+        return t
 
-    def forward(self, t, v, t_pos, v_pos, sa, cache=None, trace=None, states=None):
+    def finish(self, part, sa, trace=None, states=None, rest=()):
+        """Takes a part through all layers in configuration sa, and before it those parts that the cache has from
+        other configurations. Returns its normalised text stream (B, Nt, d)."""
+        for earlier in part.cache.parts if part.cache else ():
+            self.run(earlier, sa)
+        return self.norm(self.run(part, sa, None, trace, states, rest)[0])
+
+    def run(self, part, sa, stop=None, trace=None, states=None, rest=()):
         """Eq. 3: every layer is a self-attention, a cross-attention or a text-only layer.
 
-        t (B, Nt, d) text and v (B, Nv, d) vision: the new tokens, with their positions t_pos (B, Nt), v_pos (B, Nv).
-        sa: the self-attention layers of this call, the configuration. cache: what earlier tokens left; it grows.
-        Returns the normalised text stream (B, Nt, d). With all layers in sa this is Eq. 1, LLaVA-OneVision itself.
+        sa: the self-attention layers of this call, the configuration. With all layers in it this is Eq. 1,
+        LLaVA-OneVision itself. stop: the first layer that does not run (default: none).
+        Starts from the last layer up to which the part has come already in a configuration that agrees with sa so far.
+        Returns t (B, Nt, d) and v (B, Nv, d) as they enter layer `stop`.
         trace: a dict that receives, per layer that looks at vision, where the last text token looked.
         states: a dict that receives V^(l) of each layer l that refines it.
+        rest: layers of sa that leave v as it is, though the text looks at it (stochastic depth, in pretraining).
         """
-        cross, last = self.readers(sa)
-        at = lay_out(t_pos, v_pos, sa, cross, cache, self.config, t.dtype)
-        for l, block in enumerate(self.layers):
-            kv = cache.layers[l] if cache else None
+        stop = len(self.layers) if stop is None else stop
+        cross, _ = self.config.readers(sa)
+        at, cache = part.at, part.cache
+        start, t, v = part.reached(sa, stop)
+        for l in range(start, stop):
+            if l in part.forks:
+                part.streams[l, before(sa, l)] = t, v
+            block, kv = self.layers[l], cache.layer(l, sa) if cache else None
             look = trace.setdefault(l, []) if trace is not None and (l in sa or l in cross) else None
-            if l in sa and l < last:                                              # Eq. 3, case 1
+            if l in sa and l < part.last and l not in rest:                       # Eq. 3, case 1
                 v, t = at.part(block(at.join(v, t), at.both, kv, trace=look))
                 if states is not None:
                     states[l] = v
-            elif l in sa:                                                         # case 1, and nobody reads V^(l):
-                t = block(t, at.read, kv, context=at.join(v, t), trace=look)      # only the text asks
+            elif l in sa:                                                         # case 1 without V^(l), which
+                t = block(t, at.read, kv, context=at.join(v, t), trace=look)      # nobody reads: only the text asks
             else:
                 if l in cross and at.cross:                                       # Eq. 2 and 3, case 2: Z
-                    t = t + self.cross[str(l)](t, v, at.cross, cache.cross[l] if cache else None, look)
+                    seen = cache.cross(l, sa) if cache else None
+                    t = t + self.cross[str(l)](t, v, at.cross, seen, look)
                 t = block(t, at.text, kv)                                         # case 2 on Z; case 3, text only
-        if cache:
-            cache.advance(t_pos, v_pos)
-        return self.norm(t)
-
-
-class Layout(NamedTuple):
-    """Where everything stands in this forward, for each kind of layer; worked out once, before the first layer."""
-    order: torch.Tensor   # (B, Nv + Nt) the interleaved sequence as indices into [v; t]
-    place: torch.Tensor   # its inverse: where each token of [v; t] stands in the interleaved sequence
-    nv: int
-    text: NamedTuple      # Span of a layer on t alone
-    both: NamedTuple      # Span of a layer on the interleaved streams
-    read: NamedTuple      # the same with queries from t only
-    cross: NamedTuple     # CrossSpan; None when there is no vision at all
-
-    def join(self, v, t):
-        """The two streams as one sequence in order of position: (B, Nv + Nt, d)."""
-        return pick(torch.cat([v, t], dim=1), self.order) if self.nv else t
-
-    def part(self, x):
-        """The inverse of join: v, t."""
-        return pick(x, self.place).split([self.nv, x.shape[1] - self.nv], dim=1) if self.nv else (x[:, :0], x)
-
-
-def lay_out(t_pos, v_pos, sa, cross, cache, c, dtype):
-    batch, nv = v_pos.shape
-    n_text, n_vision = (cache.n_text, cache.n_vision) if cache else ([0] * batch,) * 2
-    pos = torch.cat([v_pos, t_pos], dim=1)
-    order = pos.argsort(dim=1, stable=True)
-    place = order.argsort(dim=1)
-    both = read = seen = None
-    if sa:
-        past = [a + b for a, b in zip(n_text, n_vision)]
-        both = causal_span(past, pos.gather(1, order), c)
-        read = causal_span(past, pos.gather(1, order), c, ask=place[:, nv:]) if nv else both
-    if top := max(n_vision) + nv:
-        slots = torch.tensor(n_vision, device=v_pos.device)[:, None] + torch.arange(nv, device=v_pos.device)
-        all_pos = cache.see(v_pos, slots, top) if cache else v_pos
-        seen = cross_span(t_pos, v_pos, slots, all_pos, dtype) if cross else None
-    return Layout(order, place, nv, causal_span(n_text, t_pos, c), both, read, seen)
+        part.streams[stop, before(sa, stop)] = t, v
+        return t, v
 
 
 class VLM(nn.Module):
@@ -157,6 +131,7 @@ class VLM(nn.Module):
         self.image_newline = nn.Parameter(torch.randn(config.hidden) * config.hidden ** -0.5)
         self.language_model = LanguageModel(config)
         self.lm_head = None if config.tied else nn.Linear(config.hidden, config.vocab, bias=False)
+        self.router = Policy(config) if config.router else None
         self.tokenizer = None
 
     # --- pictures to visual tokens ---
@@ -200,78 +175,158 @@ class VLM(nn.Module):
     # --- forward ---
 
     def forward(self, batch, sa, cache=None, trace=None, clock=None, states=None):
-        """Hidden states (B, Nt, d) of the text tokens of a data.Batch; `head` makes logits of those that matter."""
+        """Hidden states (B, Nt, d) of the text tokens of a data.Batch; `head` makes logits of those that matter.
+
+        sa: a configuration; or a list with one for each prompt; or "auto", and the router chooses.
+        """
+        if isinstance(sa, (list, str)):
+            if cache is not None or trace is not None:
+                raise ValueError("configurations of their own for each prompt go without cache or trace; see generate")
+            parts = self.split(self.read(batch, sa, clock=clock), sa, batch.asks, clock)
+            h = [(rows, self.language_model.finish(part, own)) for rows, own, part in parts]
+            out = h[0][1].new_empty(*batch.ids.shape, self.config.hidden)
+            for rows, part in h:
+                out = out.index_copy(0, rows, part)
+            return out
         t, v, t_pos, v_pos = self.embed(batch, clock)
         with timed(clock, "prefill", t.device):
-            if not isinstance(sa, list):
-                return self.language_model(t, v, t_pos, v_pos, sa, cache, trace, states)
-            if len(sa) != len(t) or cache is not None or trace is not None:
-                raise ValueError(f"{len(sa)} configurations for {len(t)} prompts: give one each, and no cache or trace")
-            h = torch.empty_like(t)
-            for configuration, rows in by_configuration(sa):  # each layer runs for the samples that need it
-                rows = torch.tensor(rows, device=t.device)
-                part = self.language_model(t[rows], v[rows], t_pos[rows], v_pos[rows], configuration)
-                h = h.index_copy(0, rows, part)
-            return h
+            return self.language_model(t, v, t_pos, v_pos, sa, cache, trace, states)
 
     def head(self, h):
         """Hidden states (..., d) -> logits (..., vocab)."""
         return F.linear(h, self.language_model.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
 
+    # --- a configuration for each prompt (paper 4.3) ---
+
+    def options(self, sa):
+        """The configurations that may run when `sa` is asked for: a configuration, a list of them, or "auto"."""
+        if sa == "auto":
+            if self.router is None:
+                raise ValueError('this model has no router: train one with train.py --stage 3, or name a configuration '
+                                 'instead of "auto"')
+            return self.config.viable
+        return list(dict.fromkeys(tuple(x) for x in sa)) if isinstance(sa, list) else [tuple(sa)]
+
     def new_cache(self, batch, sa, text_room, vision_room):
-        """Room for `text_room` text and `vision_room` visual tokens in each sample, in configuration sa."""
-        cross = self.language_model.readers(sa)[0]
-        return Cache(sa, cross, batch, text_room, vision_room, self.config, self.image_newline)
+        """Room for `text_room` text and `vision_room` visual tokens in each sample. sa: as in `options`."""
+        like = self.image_newline
+        return Cache(self.options(sa), batch, text_room, vision_room, self.config, like.dtype, like.device)
+
+    def read(self, batch, sa, cache=None, clock=None):
+        """A data.Batch as a Part that has entered the first layer. sa: as in `options`; the cache's where there is one.
+        """
+        t, v, t_pos, v_pos = self.embed(batch, clock)
+        if sa == "auto" and cache is None:  # the routing token needs the keys and values of what stands before it
+            cache = self.new_cache(len(t), sa, t.shape[1] + 1, v.shape[1])
+        return Part(t, v, t_pos, v_pos, cache.configurations if cache else self.options(sa), cache, self.config)
+
+    def split(self, part, sa, asks, clock=None, allowed=None, trace=None):
+        """[(samples, configuration, Part of these samples)], as far as all of them go together.
+
+        sa: a list with a configuration for each sample, or "auto". asks: of the data.Batch.
+        """
+        with timed(clock, "prefill", part.t_pos.device):
+            if sa == "auto":
+                sa = self.route(part, asks, allowed, trace)
+            groups = by_configuration(sa)
+            fork = min(forks([own for own, _ in groups]), default=None)
+            rows = [torch.tensor(r, device=part.t_pos.device) for _, r in groups]
+            if fork is None:
+                return [(rows[0], groups[0][0], part)]
+            if part.cache and part.cache.parts:
+                raise ValueError("a cache that is to be read in several configurations takes one prompt at a time")
+            t, v = self.language_model.run(part, sa[0], stop=fork)
+            reached = fork, before(sa[0], fork)
+            return [(r, own, Part(t[r], v[r], part.t_pos[r], part.v_pos[r], [own], part.cache and part.cache.rows(r),
+                                  self.config, reached)) for (own, _), r in zip(groups, rows)]
+
+    def route(self, part, asks, allowed=None, trace=None):
+        """The viable configuration that the router chooses for each sample of a part; of several questions in one
+        prompt, the costliest. allowed: those to choose among (default: all)."""
+        c = self.config
+        scores = self.policy(part, asks, trace)
+        barred = torch.tensor([allowed is not None and own not in allowed for own in c.viable], device=scores.device)
+        chosen = scores.masked_fill(barred, float("-inf")).argmax(-1).tolist()
+        cost = [llm_flops(c, own, 1, 1000) for own in c.viable]
+        return [c.viable[max(row, key=cost.__getitem__)] for row in chosen]
+
+    def policy(self, part, asks, trace=None):
+        """Scores of the viable configurations, (B, K, viable), for up to K questions in each prompt.
+
+        Takes the part to the first layer that may be skipped. The routing token follows it on a copy of the cache: it
+        sees the question and what stands before, and nobody sees it. asks: for each sample, the positions at which
+        answers are due; who has fewer than K has its last one again.
+        """
+        lm, c = self.language_model, self.config
+        lm.run(part, c.viable[0], stop=c.fork, trace=trace)
+        if not all(asks):
+            raise ValueError("nothing is asked: the prompt has no <|im_start|>assistant line to answer on")
+        scores = []
+        for k in range(max(map(len, asks))):
+            pos = torch.tensor([row[min(k, len(row) - 1)] for row in asks], device=part.t_pos.device)[:, None]
+            cache = part.cache.rows(torch.arange(len(asks)))
+            cache.rewind(([a + b for a, b in zip(cache.n_text, (part.t_pos < pos).sum(1).tolist())],
+                          [a + b for a, b in zip(cache.n_vision, (part.v_pos < pos).sum(1).tolist())], 0))
+            token = self.router.token.expand(len(asks), 1, -1)
+            token = Part(token, token[:, :0], pos, pos[:, :0], [c.viable[0]], cache, c)
+            scores.append(self.router(lm.run(token, c.viable[0], stop=c.fork)[0]))
+        return torch.stack(scores, dim=1)
 
     # --- generation ---
 
     @torch.no_grad()
     def generate(self, prompts, sa, max_tokens=64, temperature=0.0, top_p=1.0, seed=0, cache=None, on_token=None,
-                 trace=None, clock=None):
+                 trace=None, clock=None, allowed=None, routes=None):
         """Answers to a list of data.Prompt: a list of token id lists, without the closing <|im_end|>.
 
+        sa: a configuration, a list with one for each prompt, or "auto"; allowed: those that the router may choose.
         temperature 0 is greedy; otherwise tokens are drawn from the smallest set with probability top_p, repeatable
         by `seed`. cache: the prompts go on from what it holds. on_token(i, id) is called for each token as it comes.
         clock: a dict to which the seconds of "encoder", "prefill" and "decode" are added.
+        routes: a list that receives the configuration of each prompt.
         """
-        if isinstance(sa, list):
-            if len(sa) != len(prompts) or cache is not None:
-                raise ValueError(f"{len(sa)} configurations for {len(prompts)} prompts: give one each, and no cache")
-            return self._generate_mixed(prompts, sa, on_token, max_tokens=max_tokens, temperature=temperature,
-                                        top_p=top_p, seed=seed, trace=trace, clock=clock)
         batch, device = collate(prompts), self.image_newline.device
+        if not isinstance(sa, (list, str)):
+            sa = [tuple(sa)] * len(prompts)
+        if len(sa) != len(prompts) and sa != "auto":
+            raise ValueError(f"{len(sa)} configurations for {len(prompts)} prompts: give one each")
         room = batch.ids.shape[1] + min(max_tokens, 1024)  # longer answers make the cache grow
         cache = cache or self.new_cache(len(prompts), sa, room, batch.v_pos.shape[1])
-        h = self(batch, sa, cache, trace, clock)
-        with timed(clock, "decode", device):
-            random = torch.Generator(device).manual_seed(seed)
-            h = h[torch.arange(len(h)), [len(p.ids) - 1 for p in prompts]]  # the head is needed for one token of each
-            pos = torch.tensor([[p.end] for p in prompts], device=device)
-            answers, running = [[] for _ in prompts], set(range(len(prompts)))
-            while True:
-                tokens = choose(self.head(h), temperature, top_p, random)
-                for i in sorted(running):
-                    token = int(tokens[i])
-                    if token != self.stop_id:
-                        answers[i].append(token)
-                        if on_token:
-                            on_token(i, token)
-                    if token == self.stop_id or len(answers[i]) == max_tokens:
-                        running.discard(i)
-                if not running:
-                    return answers
-                t = self.language_model.embed_tokens(tokens[:, None])
-                h = self.language_model(t, t[:, :0], pos, pos[:, :0], sa, cache, trace)[:, -1]
-                pos = pos + 1
-
-    def _generate_mixed(self, prompts, sa, on_token, **how):
-        """generate for prompts with different configurations: a batch for each configuration."""
-        answers = [None] * len(prompts)
-        for configuration, rows in by_configuration(sa):
-            told = on_token and (lambda i, token, rows=rows: on_token(rows[i], token))
-            for i, answer in zip(rows, self.generate([prompts[i] for i in rows], configuration, on_token=told, **how)):
-                answers[i] = answer
+        answers, told = [None] * len(prompts), [None] * len(prompts) if routes is None else routes
+        told[:] = [None] * len(prompts)
+        for rows, own, part in self.split(self.read(batch, sa, cache, clock), sa, batch.asks, clock, allowed, trace):
+            group = rows.tolist()
+            with timed(clock, "prefill", device):
+                h = self.language_model.finish(part, own, trace)
+                h = h[torch.arange(len(h)), [len(prompts[i].ids) - 1 for i in group]]  # only these need the head
+                part.cache.keep(part)
+            pos = torch.tensor([[prompts[i].end] for i in group], device=device)
+            say = on_token and (lambda i, token, group=group: on_token(group[i], token))
+            with timed(clock, "decode", device):
+                draw = partial(choose, temperature=temperature, top_p=top_p,
+                               random=torch.Generator(device).manual_seed(seed))
+                for i, answer in zip(group, self._decode(h, pos, own, part.cache, max_tokens, draw, say, trace)):
+                    answers[i], told[i] = answer, own
         return answers
+
+    def _decode(self, h, pos, sa, cache, max_tokens, draw, on_token, trace):
+        """The answers that follow hidden states h (B, d), token by token from the positions pos (B, 1) on."""
+        answers, running = [[] for _ in h], set(range(len(h)))
+        while True:
+            tokens = draw(self.head(h))
+            for i in sorted(running):
+                token = int(tokens[i])
+                if token != self.stop_id:
+                    answers[i].append(token)
+                    if on_token:
+                        on_token(i, token)
+                if token == self.stop_id or len(answers[i]) == max_tokens:
+                    running.discard(i)
+            if not running:
+                return answers
+            t = self.language_model.embed_tokens(tokens[:, None])
+            h = self.language_model(t, t[:, :0], pos, pos[:, :0], sa, cache, trace)[:, -1]
+            pos = pos + 1
 
     # --- encode once, ask many ---
 
@@ -279,12 +334,20 @@ class VLM(nn.Module):
     def see(self, prompt, sa, room=512, clock=None):
         """Runs what several questions share, the system text and the pictures, once: a Cache for `ask`.
 
-        Attention is causal, so none of it depends on the question. room: text tokens to reserve for questions and
-        answers; a longer conversation makes the cache grow.
+        Attention is causal, so none of it depends on the question. With "auto" only the layers before the first that
+        may be skipped run now; each of the others runs when a question is first sent there.
+        room: text tokens to reserve for questions and answers; a longer conversation makes the cache grow.
         """
         cache = self.new_cache(1, sa, len(prompt.ids) + room, len(prompt.v_pos))
-        self(collate([prompt]), sa, cache, clock=clock)
+        self.remember(collate([prompt]), cache, clock)
         return cache
+
+    def remember(self, batch, cache, clock=None):
+        """Adds a data.Batch to a cache, as far as all of the cache's configurations go together."""
+        part = self.read(batch, None, cache, clock)
+        with timed(clock, "prefill", part.t_pos.device):
+            self.language_model.run(part, cache.configurations[0], stop=min(part.forks, default=None))
+            cache.keep(part)
 
     @torch.no_grad()
     def ask(self, cache, prompt, keep=False, **how):
@@ -293,15 +356,16 @@ class VLM(nn.Module):
         keep: question and answer stay in the cache, so that the next turn can refer to them; otherwise the cache is
         as it was, for the next question. how: as in generate.
         """
-        mark = cache.mark()
-        answer, = self.generate([prompt], cache.sa, cache=cache, **how)
+        mark = n_text, n_vision, parts = cache.mark()
+        sa = "auto" if len(cache.configurations) > 1 else cache.configurations[0]
+        answer, = self.generate([prompt], sa, cache=cache, **how)
         if not keep:
             cache.rewind(mark)
             return answer
-        fed = cache.n_text[0] - mark[0][0] - len(prompt.ids)  # the last token may not have run through the model yet
-        rest = answer[fed:] + self.tokenizer.encode("<|im_end|>\n", add_special_tokens=False).ids
+        cache.rewind(([n_text[0] + len(prompt.ids)], [n_vision[0] + len(prompt.v_pos)], parts + 1))
+        rest = answer + self.tokenizer.encode("<|im_end|>\n", add_special_tokens=False).ids
         start = cache.end
-        self(collate([Prompt(rest, list(range(start, start + len(rest))), [], [])]), cache.sa, cache)
+        self.remember(collate([Prompt(rest, list(range(start, start + len(rest))), [], [])]), cache)
         return answer
 
     @property
@@ -337,6 +401,25 @@ class VLM(nn.Module):
             self.language_model.cross[str(l)] = cross
         return self
 
+    def add_router(self):
+        """A fresh policy over the viable configurations (paper 4.3); nothing else changes. Raises ValueError."""
+        c = self.config
+        if c.fork is None:
+            raise ValueError("a router chooses among viable configurations: this model has fewer than two")
+        if not any(l < c.fork for l in (*c.ca, *c.viable[0])):
+            raise ValueError(f"a router decides before layer {c.fork}, the first that may be skipped, and no layer "
+                             "before that one looks at vision; choose other ca or sa")
+        c.router, like = True, self.image_newline
+        self.router = Policy(c).to(like.device, like.dtype)
+        with torch.no_grad():
+            self.router.token *= self.language_model.embed_tokens.weight.std()
+        return self
+
+    def remove_router(self):
+        """Without a policy, as before add_router."""
+        self.config.router, self.router = False, None
+        return self
+
     # --- weights in and out ---
 
     @classmethod
@@ -345,97 +428,29 @@ class VLM(nn.Module):
 
         Raises ValueError with one line that names the file and the mend. Says on stderr what it loaded.
         """
-        parts = [name] if Path(name).is_dir() else str(name).split("+")
-        if len(parts) > 2:
-            raise ValueError(f"{name}: give one checkpoint, or two as SIGLIP+QWEN2")
-        directories = [find(part) for part in parts]
-        config = read_config(directories[0]) if len(parts) == 1 else join_configs(*directories)
-        tokenizer = load_tokenizer(directories[-1])
-        if (tokens := vocabulary_size(tokenizer)) > config.vocab:
-            raise ValueError(f"{directories[-1]}/tokenizer.json has {tokens} tokens, the model only {config.vocab}; "
-                             "get both from the same place")
-        config.vocab = tokens  # rows beyond are padding
-        files, unexpected = scan(directories, config)
-        config.tied = config.tied or "lm_head.weight" not in files
-        if config.tied:
-            files.pop("lm_head.weight", None)
-        with torch.device("meta"):
-            model = cls(config)
-        fresh = model._check(files, unexpected, directories, len(parts) == 2)
-        for target, (file, key) in files.items():
-            shape = model.get_parameter(target).shape
-            with open_weights(file) as f:  # opened anew for each tensor, so that memory holds one of them at a time
-                tensor = f.get_slice(key)[:shape[0]] if shape else f.get_tensor(key)
-            model._put(target, tensor.to(device, dtype))
-        for module in fresh:
-            model._start(module, dtype, device)
-        model.tokenizer = tokenizer
-        n = sum(p.numel() for p in model.parameters())
-        notes = [f"{name}: {n / 1e6:,.1f} M parameters", f"{str(dtype)[6:]} on {device}"]
-        notes += ["head tied to the embedding"] * config.tied + [f"new: {', '.join(fresh)}"] * bool(fresh)
-        notes += ["RANDOM weights: answers mean nothing"] * (config.stage == "random")
-        print(", ".join(notes), file=sys.stderr)
-        return model.eval()
+        return weights.load(cls, name, dtype, device)
 
-    def _check(self, files, unexpected, directories, joined):
-        """Compares names and shapes before anything is read; returns the modules that may and will start fresh."""
-        where, wanted = " + ".join(map(str, directories)), dict(self.named_parameters())
-        missing, unexpected = sorted(set(wanted) - set(files)), sorted([*unexpected, *(set(files) - set(wanted))])
-        may_be_new = r"language_model\.cross\.\d+" + (r"|multi_modal_projector|image_newline" if joined else "")
-        fresh = {m[0] for name in missing if (m := re.match(may_be_new, name))}
-        fresh = sorted(part for part in fresh if not any(name.startswith(part + ".") for name in files))  # whole parts
-        missing = [name for name in missing if not ((m := re.match(may_be_new, name)) and m[0] in fresh)]
-        if missing or unexpected:
-            raise ValueError(f"{where}: the tensors are not those that config.json describes;"
-                             + (f" missing: {some(missing)}" if missing else "")
-                             + (f" unexpected: {some(unexpected)}" if unexpected else "") + "; get config.json and "
-                             "weights from the same place")
-        for name, (file, key) in files.items():
-            with open_weights(file) as f:
-                shape, want = tuple(f.get_slice(key).get_shape()), tuple(wanted[name].shape)
-            rows = name in ("language_model.embed_tokens.weight", "lm_head.weight")
-            if shape != want and not (rows and shape[1:] == want[1:] and shape[0] > want[0]):
-                raise ValueError(f"{file}: {key} has shape {shape}, config.json asks for {want}; get both from the "
-                                 "same place")
-        return fresh
+    def save_pretrained(self, directory):
+        """Writes config.json, model.safetensors and tokenizer.json, beside first and then renamed."""
+        weights.write(self, directory)
 
-    def _put(self, name, tensor):
+    def put(self, name, tensor):
         owner, _, leaf = name.rpartition(".")
         setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
 
-    def _start(self, module, dtype, device):
+    def start(self, module, dtype, device):
         """A part that the files do not have, at its starting values."""
         if module == "image_newline":
-            self._put(module, torch.randn(self.config.hidden).mul(self.config.hidden ** -0.5).to(device, dtype))
+            self.put(module, torch.randn(self.config.hidden).mul(self.config.hidden ** -0.5).to(device, dtype))
         elif module == "multi_modal_projector":
             self.multi_modal_projector = Connector(self.config).to(device, dtype)
+        elif module == "router":
+            self.add_router()
         else:
             l = module.rpartition(".")[2]
             cross = CrossAttention(self.config).to(device, dtype)
             cross.start_from(self.language_model.layers[int(l)])
             self.language_model.cross[l] = cross
-
-    def save_pretrained(self, directory):
-        """Writes config.json, model.safetensors and tokenizer.json, beside first and then renamed."""
-        directory = Path(directory)
-        beside = directory.with_name(directory.name + ".writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        (beside / "config.json").write_text(self.config.to_json())
-        save_file({k: v.detach().contiguous() for k, v in self.named_parameters()}, beside / "model.safetensors",
-                  metadata={"format": "pt"})
-        shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors makes it private
-        if self.tokenizer is not None:
-            self.tokenizer.save(str(beside / "tokenizer.json"))
-        directory.mkdir(parents=True, exist_ok=True)
-        for file in beside.iterdir():
-            os.replace(file, directory / file.name)
-        (directory / "model.safetensors.index.json").unlink(missing_ok=True)  # or older shards would win at loading
-        beside.rmdir()
-
-
-def some(names, n=6):
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
 def by_configuration(sa):

@@ -1,10 +1,17 @@
-"""Which self-attention layers run: what each configuration can do, and what it costs (paper 4.2.3, 4.3).
+"""Which self-attention layers run: what each configuration can do and what it costs, and a policy that chooses.
 
-`examine` asks a model the same questions in several configurations and notes, for every question, whether the answer
-is right and how likely the model found it. `Report` turns that into accuracy by configuration and task. An exam is a
-list of (image, [(task, question, answer), ...]).
+    python router.py --search --model DIR    which sub-networks are viable (paper 4.2.3, appendix A)
+    python router.py --label FILE            every configuration on a training subset, question by question (4.3)
+    python router.py --report                what the router did (appendices B, C, D)
+
+`examine` asks the same questions in several configurations. Its records, one for each question, are all that the rest
+works with: viable configurations, pseudo-labels, reports. layers.Policy is the network, VLM.route asks it, and
+train.py --stage 3 trains it on `Lessons`. An exam is a list of (image, [(task, question, answer), ...]).
 """
 import json
+import sys
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,134 +20,438 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from flops import llm_flops, name
+from config import Parser, run
+from flops import connector_flops, llm_flops, name, router_flops, tower_flops
+
+
+# --- examinations ---------------------------------------------------------------------------------------------------
+
+def batches(exam, config, batch_size=128):
+    """The exam's pictures by number, in lists of those with equally many visual tokens and questions."""
+    groups = {}
+    for i, (image, asked) in enumerate(exam):
+        groups.setdefault((data.tiling(*image.size, config).tokens, len(asked)), []).append(i)
+    return [g[i:i + batch_size] for g in groups.values() for i in range(0, len(g), batch_size)]
 
 
 @torch.no_grad()
-def examine(model, exam, configurations, batch_size=128, progress=True):
-    """{configuration: {task: (n, 2) array}}: per question 1 or 0 for right or wrong, and the summed token loss.
+def examine(model, exam, configurations, only=None, progress=True):
+    """Yields a list of records for each batch of pictures: one dict for each question.
+
+    {"picture": number in the exam, "task", "question", "answer", "right": [1 or 0 for each configuration],
+     "matches": [answer tokens before the first wrong one], "loss": [summed over the answer's tokens], "route": index
+     of what the router chooses, where the model has one and the configurations are its own}
 
     An answer is right if greedy decoding gives exactly it: if every one of its tokens, and <|im_end|> after them, is
     the likeliest given those before. One teacher-forced forward tells that, and the loss with it. Pictures are seen
-    once for a configuration, as in VLM.see, and asked many questions; they are batched with those that have equally
-    many visual tokens and questions.
+    once and asked many questions; and what configurations have in common, up to the first layer in which they differ,
+    is computed once for all of them. only: of `batches`, those to examine (default: all).
     """
-    groups = {}
-    for image, asked in exam:
-        picture = data.picture(image, model.config)
-        groups.setdefault((picture.tiling.tokens, len(asked)), []).append((picture, asked))
-    batches = [g[i:i + batch_size] for g in groups.values() for i in range(0, len(g), batch_size)]
-    results = {sa: {} for sa in configurations}
-    bar = tqdm(total=len(batches) * len(configurations), desc="examination", disable=not progress, leave=False)
-    for rows in batches:
-        shared, _ = data.split_shared(data.chatml([data.place_images("?", 1)]))
-        seen = data.collate([data.encode(shared, model.tokenizer, [picture]) for picture, _ in rows])
-        t, v, t_pos, v_pos = model.embed(seen)  # the encoder's work is the same for all configurations
-        for sa in configurations:
-            cache = model.new_cache(len(rows), sa, 64, v.shape[1])
-            model.language_model(t, v, t_pos, v_pos, sa, cache)
-            start, mark = cache.end, cache.mark()
-            for asked in zip(*(asked for _, asked in rows)):
-                scored = score(model, [(q, a) for _, q, a in asked], start, sa, cache)
-                for (task, _, _), row in zip(asked, scored):
-                    results[sa].setdefault(task, []).append(row)
-                cache.rewind(mark)
-            bar.update()
-    bar.close()
-    return {sa: {task: np.array(rows) for task, rows in tasks.items()} for sa, tasks in results.items()}
+    shared, _ = data.split_shared(data.chatml([data.place_images("?", 1)]))
+    todo = batches(exam, model.config) if only is None else only
+    for numbers in tqdm(todo, desc="examination", disable=not progress, leave=False, ncols=80):
+        pictures = [data.picture(exam[i][0], model.config) for i in numbers]
+        seen = data.collate([data.encode(shared, model.tokenizer, [picture]) for picture in pictures])
+        cache = model.new_cache(len(numbers), list(configurations), 64, seen.v_pos.shape[1])
+        model.remember(seen, cache)
+        records = []
+        for asked in zip(*(exam[i][1] for i in numbers)):
+            scored = score(model, [(q, a) for _, q, a in asked], cache)
+            records += [{"picture": i, "task": task, "question": q, "answer": a, **result}
+                        for i, (task, q, a), result in zip(numbers, asked, scored)]
+        yield sorted(records, key=lambda r: r["picture"])
 
 
-def score(model, pairs, start, sa, cache):
-    """(right, loss) for each (question, answer) that follows what the cache holds."""
+def score(model, pairs, cache):
+    """What `examine` notes about a (question, answer) for each sample of a cache, in the cache's configurations."""
     prompts, labels = [], []
     for question, answer in pairs:
         asked = data.split_shared(data.chatml([data.place_images(question, 1)]))[1]
-        prompt, learned = data.labelled([(asked, False), (answer + "<|im_end|>", True)], model.tokenizer, start=start)
+        prompt, learned = data.labelled([(asked, False), (answer + "<|im_end|>", True)], model.tokenizer,
+                                        start=cache.end)
         prompts.append(prompt)
         labels.append(learned)
-    batch, labels = data.collate(prompts), data.pad(labels, -1)
-    h = model(batch, sa, cache)[:, :-1]
-    labels = torch.from_numpy(labels)[:, 1:].to(h.device)
-    due = labels >= 0
-    logits, wanted = model.head(h[due]).float(), labels[due]
-    wrong, loss = torch.zeros(due.shape), torch.zeros(due.shape)
-    wrong[due] = (logits.argmax(-1) != wanted).float().cpu()
-    loss[due] = F.cross_entropy(logits, wanted, reduction="none").cpu()
-    return list(zip((wrong.sum(1) == 0).float().tolist(), loss.sum(1).tolist()))
+    batch, labels = data.collate(prompts), torch.from_numpy(data.pad(labels, -1))[:, 1:]
+    part, due = model.read(batch, None, cache), labels >= 0
+    results = [{"right": [], "matches": [], "loss": []} for _ in pairs]
+    if model.router is not None and tuple(cache.configurations) == model.config.viable:
+        for result, own in zip(results, model.route(part, batch.asks)):
+            result["route"] = model.config.viable.index(own)
+    for sa in cache.configurations:
+        h = model.language_model.finish(part, sa)[:, :-1]
+        logits, wanted = model.head(h[due.to(h.device)]).float().cpu(), labels[due]
+        good, loss = torch.ones(due.shape), torch.zeros(due.shape)
+        good[due] = (logits.argmax(-1) == wanted).float()
+        loss[due] = F.cross_entropy(logits, wanted, reduction="none")
+        run_of_hits = (good.cumprod(1) * due).sum(1)
+        rows = zip(results, run_of_hits.tolist(), due.sum(1).tolist(), loss.sum(1).tolist())
+        for result, hits, length, x in rows:
+            result["right"].append(int(hits == length))
+            result["matches"].append(int(hits))
+            result["loss"].append(round(x, 5))
+    return results
 
 
-def accuracy(results):
-    """{configuration: {task: share of right answers}}."""
-    return {sa: {task: float(rows[:, 0].mean()) for task, rows in tasks.items()} for sa, tasks in results.items()}
+def all_records(model, exam, configurations, progress=True):
+    """The records of a whole examination."""
+    return [r for batch in examine(model, exam, configurations, progress=progress) for r in batch]
 
 
-def saving(config, sa, text, vision):
-    """How many times fewer operations than dense the language model's prefill executes."""
-    return llm_flops(config, range(config.layers), text, vision) / llm_flops(config, sa, text, vision)
+def accuracy(records, i):
+    """{task: share of right answers in configuration number i}."""
+    tasks = {}
+    for r in records:
+        tasks.setdefault(r["task"], []).append(r["right"][i])
+    return {task: float(np.mean(right)) for task, right in tasks.items()}
 
+
+# --- viable configurations (paper 4.2.3, appendix A) ----------------------------------------------------------------
+
+def subnetworks(sa):
+    """Configurations to try, by number of layers: all subsets of up to four candidates; of more, four families."""
+    n = len(sa)
+    if n <= 4:
+        found = {tuple(l for i, l in enumerate(sa) if bits >> i & 1) for bits in range(1 << n)}
+    else:
+        found = {()}
+        for k in range(1, n + 1):
+            found.add(sa[:k])                                                      # early exit
+            found.add(sa[n - k:])                                                  # the last ones, without the first
+            found.add(sa[:1] + sa[n - k + 1:])                                     # the first, and the last ones
+            found.add(tuple(sa[round(i * (n - 1) / max(k - 1, 1))] for i in range(k)))  # spread evenly
+        found |= {(sa[0], l) for l in sa[1:]}                                      # the first, and any other
+    return sorted(found, key=lambda x: (len(x), x))
+
+
+def viable(config, configurations, records, keep=0.99, text=40, vision=1000):
+    """The configurations worth training for, cheapest first.
+
+    A configuration holds a task if it keeps `keep` of the full one's accuracy there. It is viable if it holds at least
+    one task, and no other one that costs less, or as much with a better mean, holds all that it holds.
+    """
+    full = accuracy(records, max(range(len(configurations)), key=lambda i: len(configurations[i])))
+    rows = []
+    for i, sa in enumerate(configurations):
+        own = accuracy(records, i)
+        held = {task for task in own if own[task] >= keep * full[task]}
+        rows.append((llm_flops(config, sa, text, vision), -float(np.mean(list(own.values()))), sa, held))
+    rows.sort(key=lambda row: row[:3])
+    return tuple(sa for i, (*_, sa, held) in enumerate(rows)
+                 if held and not any(held <= other for *_, other in rows[:i]))
+
+
+# --- pseudo-labels (paper 4.3, appendix D) --------------------------------------------------------------------------
+
+def log_records(path, model, exam):
+    """The records of an examination in all viable configurations, in a JSON Lines file that starts with a line about
+    the exam. What the file has already is not done again. Raises ValueError if it is about something else."""
+    path, todo = Path(path), batches(exam, model.config)
+    sizes = [sum(len(exam[i][1]) for i in numbers) for numbers in todo]
+    weights = 0
+    for label, p in model.named_parameters():
+        if not label.startswith("router."):
+            weights = zlib.crc32(p.detach().float().cpu().numpy().tobytes(), weights)
+    head = json.dumps({"viable": model.config.viable, "weights": weights, "questions": sizes})
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    if lines and lines[0] != head:
+        raise ValueError(f"{path} is about another model or exam; remove it, or name another file")
+    kept, done = 1, 0  # whole batches only: the last one may have been cut short
+    while done < len(todo) and kept + sizes[done] <= len(lines):
+        kept, done = kept + sizes[done], done + 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([head, *lines[1:kept], ""]))
+    with open(path, "a") as file:
+        for records in examine(model, exam, model.config.viable, only=todo[done:]):
+            file.write("".join(json.dumps(r) + "\n" for r in records))
+            file.flush()
+    return [json.loads(line) for line in path.read_text().split("\n")[1:-1]]
+
+
+def cheapest(configurations, numbers, loss):
+    """Of these configurations (by number), the one with the fewest layers, then the lowest loss."""
+    return min(numbers, key=lambda i: (len(configurations[i]), loss[i]))
+
+
+def labels_by_task(configurations, records, keep=0.99):
+    """{task: number of the configuration}: fewest layers of those that keep `keep` of the full accuracy (4.3)."""
+    right, loss = {}, {}
+    for r in records:
+        right.setdefault(r["task"], []).append(r["right"])
+        loss.setdefault(r["task"], []).append(r["loss"])
+    full = max(range(len(configurations)), key=lambda i: len(configurations[i]))
+    labels = {}
+    for task in right:
+        acc = np.mean(right[task], axis=0)
+        good = [i for i in range(len(configurations)) if acc[i] >= keep * acc[full]]
+        labels[task] = cheapest(configurations, good, np.sum(loss[task], axis=0))
+    return labels
+
+
+def oracle(configurations, record):
+    """The configuration, by number, with the most right tokens before the first wrong one, then the fewest layers, then
+    the lowest loss (appendix D)."""
+    best = max(record["matches"])
+    return cheapest(configurations, [i for i, m in enumerate(record["matches"]) if m == best], record["loss"])
+
+
+def pseudo_labels(configurations, records, per="task", leave_out=()):
+    """[(picture, question, number of the configuration to choose)]. per: "task" (4.3) or "sample" (appendix D).
+    leave_out: tasks that the router is not to learn from (appendix G)."""
+    if unknown := set(leave_out) - {r["task"] for r in records}:
+        raise ValueError(f"--leave-out {', '.join(sorted(unknown))}: no such task")
+    by_task = labels_by_task(configurations, records)
+    return [(r["picture"], r["question"], by_task[r["task"]] if per == "task" else oracle(configurations, r))
+            for r in records if r["task"] not in leave_out]
+
+
+# --- the policy (paper 4.3) -----------------------------------------------------------------------------------------
+
+class Lessons:
+    """Batches of questions and the configurations they are to be sent to; batch i is the same whenever asked for."""
+
+    def __init__(self, model, exam, targets, seed, batch_size=256):
+        """targets: of pseudo_labels, about this exam."""
+        self.model, self.exam, self.targets, self.seed, self.batch_size = model, exam, targets, seed, batch_size
+
+    def __getitem__(self, i):
+        """(data.Batch, targets (B,))."""
+        chosen = np.random.default_rng((self.seed, i)).integers(len(self.targets), size=self.batch_size)
+        rows = [self.targets[k] for k in chosen]
+        prompts = [data.encode(data.chatml([data.place_images(question, 1)]), self.model.tokenizer,
+                               [data.picture(self.exam[picture][0], self.model.config)])
+                   for picture, question, _ in rows]
+        return data.collate(prompts), torch.tensor([target for *_, target in rows])
+
+    def loss(self, item, sa, step):
+        """Cross-entropy of the policy. All else is frozen: only the routing token's way has gradients."""
+        batch, targets = item
+        with torch.no_grad():
+            part = self.model.read(batch, "auto")
+            self.model.language_model.run(part, self.model.config.viable[0], stop=self.model.config.fork)
+        return F.cross_entropy(self.model.policy(part, batch.asks)[:, 0], targets.to(part.t_pos.device))
+
+
+# --- reports --------------------------------------------------------------------------------------------------------
 
 class Report:
-    """Accuracy by configuration and task, with means over groups of tasks (easy and hard) and the saving."""
+    """Accuracy and saving of every configuration, of the router and of the oracle, by task and by group of tasks.
 
-    def __init__(self, config, results, groups, text, vision):
-        """results: of `examine`; groups: {"easy": [tasks], "hard": [tasks]}; text, vision: tokens of a usual prompt."""
-        self.groups, self.rows = groups, []
-        for sa, tasks in accuracy(results).items():
-            means = {g: float(np.mean([tasks[t] for t in names])) for g, names in groups.items()}
-            self.rows.append({"sa": list(sa), "name": name(config, sa), "saving": saving(config, sa, text, vision),
-                              **means, "tasks": tasks, "questions": {t: len(r) for t, r in results[sa].items()}})
+    Savings are operations of the dense model, without packing, over the mean of those that ran: "saving" of the
+    language model's prefill, router included, "end_to_end" with the encoder too.
+    """
+
+    def __init__(self, config, records, groups, text, picture, dense=None):
+        """records: of `examine` in config.viable, or in dense alone; groups: {"easy": [tasks], "hard": [tasks]};
+        text: tokens of a usual prompt; picture: (width, height) of a usual one; dense: its records, if any."""
+        self.config, self.groups = config, groups
+        everything = tuple(range(config.layers))
+        tiles, plain = (data.tiling(*picture, c) for c in (config, config.unpacked()))
+        self.encoder = tower_flops(config, tiles.tiles) + connector_flops(config, tiles.tiles)
+        self.dense = llm_flops(config, everything, text, plain.tokens)
+        self.cost = {sa: llm_flops(config, sa, text, tiles.tokens) for sa in (*config.viable, everything)}
+        self.rows = []
+        if dense or not config.viable:
+            self._add("dense", everything, dense or records, [everything], lambda r: 0)
+        for i, sa in enumerate(config.viable):
+            self._add(name(config, sa), sa, records, config.viable, lambda r, i=i: i)
+        if config.viable and "route" in records[0]:
+            extra = router_flops(config, text, tiles.tokens)
+            self._add("router", None, records, config.viable, lambda r: r["route"], extra)
+            self._add("oracle", None, records, config.viable, lambda r: oracle(config.viable, r))
+
+    def _add(self, label, sa, records, configurations, choice, extra=0):
+        """A row: what happens if record r is answered in configuration number choice(r)."""
+        tasks = {}
+        for r in records:
+            tasks.setdefault(r["task"], []).append((choice(r), r["right"][choice(r)]))
+        row = {"name": label, "sa": sa and list(sa), "tasks": {t: float(np.mean([ok for _, ok in x]))
+                                                               for t, x in tasks.items()}}
+
+        def account(names):
+            """Of some tasks, each with the same weight: mean layers, savings, and shares of the configurations."""
+            shares = Counter()
+            for t in names:
+                for i, _ in tasks[t]:
+                    shares[configurations[i]] += 1 / len(tasks[t]) / len(names)
+            cost = extra + sum(self.cost[own] * share for own, share in shares.items())
+            return {"layers": sum(len(own) * share for own, share in shares.items()), "saving": self.dense / cost,
+                    "end_to_end": (self.dense + self.encoder) / (cost + self.encoder),
+                    "shares": {name(self.config, own): share for own, share in sorted(shares.items())}}
+        row["by_task"] = {t: account([t]) for t in tasks}
+        row["by_group"] = {g: account(names) for g, names in self.groups.items()}
+        row |= {g: float(np.mean([row["tasks"][t] for t in names])) for g, names in self.groups.items()}
+        self.rows.append({**row, **account(list(tasks)), "questions": {t: len(x) for t, x in tasks.items()}})
 
     def text(self, width=80):
-        """The table for the terminal: a line for each task, a column for each configuration; it fits into `width`."""
+        """The table for the terminal: a line for each task, a column for each row; it fits into `width`."""
         names = [row["name"].replace("dense", "all") for row in self.rows]
         cell = max(6, *(len(n) + 1 for n in names))
-        lines = [f"{'layers':<15}" + "".join(f"{n:>{cell}}" for n in names),
-                 f"{'saving':<15}" + "".join(f"{row['saving']:>{cell - 1}.2f}x" for row in self.rows)]
+        lines = [f"{'layers':<14}" + "".join(f"{n:>{cell}}" for n in names),
+                 f"{'saving':<14}" + "".join(f"{row['saving']:>{cell - 1}.2f}x" for row in self.rows)]
         for group, tasks in self.groups.items():
             lines.append("")
-            lines += [f"{task:<15}" + "".join(f"{row['tasks'][task]:>{cell}.3f}" for row in self.rows)
+            lines += [f"{task:<14}" + "".join(f"{row['tasks'][task]:>{cell}.3f}" for row in self.rows)
                       for task in tasks]
-            lines.append(f"{group.upper() + ' mean':<15}" + "".join(f"{row[group]:>{cell}.3f}" for row in self.rows))
+            lines.append(f"{group.upper() + ' mean':<14}" + "".join(f"{row[group]:>{cell}.3f}" for row in self.rows))
         return "\n".join(line[:width] for line in lines)
+
+    def routes(self):
+        """What the router did with each task: layers, savings, and the configurations chosen, in per cent."""
+        row = next(r for r in self.rows if r["name"] == "router")
+        own = [name(self.config, sa) for sa in self.config.viable]
+        cell = max(6, *(len(n) + 1 for n in own))
+        lines = [f"{'routed to, %':<14}" + "".join(f"{n:>{cell}}" for n in own) + "  layers    LLM  in all"]
+        for group, tasks in self.groups.items():
+            for label, x in [*((t, row["by_task"][t]) for t in tasks), (group.upper(), row["by_group"][group])]:
+                shares = [f"{100 * x['shares'].get(n, 0):.0f}" if n in x["shares"] else "." for n in own]
+                lines.append(f"{label:<14}" + "".join(f"{s:>{cell}}" for s in shares)
+                             + f"{x['layers']:>8.2f}{x['saving']:>6.2f}x{x['end_to_end']:>6.2f}x")
+        return "\n".join(lines)
 
     def save(self, path):
         Path(path).write_text(json.dumps({"groups": self.groups, "rows": self.rows}, indent=1) + "\n")
 
     def draw(self, path):
-        """Two panels: accuracy against saving, a point for each configuration and group; accuracy by task. ImportError
-        without matplotlib, which only drawing needs."""
+        """Two panels: accuracy against saving, a point for each configuration and group; accuracy by task; and where
+        there is a router a third, what it chose. ImportError without matplotlib, which only drawing needs."""
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
-        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(1, 1.35), constrained_layout=True)
-        for (group, _), colour in zip(self.groups.items(), ("tab:blue", "tab:red")):
-            x, y = [row["saving"] for row in self.rows], [row[group] for row in self.rows]
-            order = np.argsort(x)
-            left.plot(np.array(x)[order], np.array(y)[order], "o", color=colour, label=group)
+        routed = [r for r in self.rows if r["sa"] is None]
+        fixed = [r for r in self.rows if r["sa"] is not None]
+        figure, axes = plt.subplots(1, 3 if routed else 2, figsize=(19 if routed else 13, 5), constrained_layout=True,
+                                    width_ratios=(1, 1.35, 1)[:3 if routed else 2])
+        left, right = axes[:2]
+        for group, colour in zip(self.groups, ("tab:blue", "tab:red")):
+            x, y = [r["saving"] for r in fixed], [r[group] for r in fixed]
+            left.plot(x, y, "o", color=colour, label=group)
             left.plot(*frontier(x, y), color=colour, alpha=0.4)
-            if group == list(self.groups)[-1]:
-                for row in self.rows:
-                    left.annotate(row["name"], (row["saving"], row[group]), xytext=(6, -4), textcoords="offset points",
-                                  fontsize=8)
+            for r, marker in zip(routed, "*P"):
+                left.plot(r["by_group"][group]["saving"], r[group], marker, color=colour, markersize=14,
+                          markeredgecolor="black", label=f"{group}, {r['name']}")
+        for r in fixed:
+            left.annotate(r["name"], (r["saving"], r[list(self.groups)[-1]]), xytext=(6, -4), fontsize=8,
+                          textcoords="offset points")
         left.set(xlabel="times fewer operations in the language model than dense", ylabel="accuracy", ylim=(0, 1.05),
                  title="what each configuration costs and can do")
-        left.set_xlim(left=0.5, right=1.15 * max(row["saving"] for row in self.rows))
-        left.legend(loc="lower left")
+        left.set_xlim(left=0.5, right=1.15 * max(r["saving"] for r in self.rows))
+        left.legend(loc="lower left", fontsize=8)
         tasks = [task for names in self.groups.values() for task in names]
-        values = np.array([[row["tasks"][task] for task in tasks] for row in self.rows])
-        right.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for i, j in np.ndindex(*values.shape):
-            right.text(j, i, f"{values[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=9,
-                       color="black" if values[i, j] > 0.6 else "white")
-        right.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right")
-        right.set_yticks(range(len(self.rows)), [row["name"] for row in self.rows])
+        values = np.array([[r["tasks"][t] for t in tasks] for r in self.rows])
+        heat(right, values, [r["name"] for r in self.rows], tasks)
         right.axvline(len(next(iter(self.groups.values()))) - 0.5, color="white", linewidth=3)
         right.set_title("accuracy by self-attention layers (rows) and task: " + " | ".join(self.groups))
+        if routed:
+            start = np.zeros(len(tasks))
+            for k, sa in enumerate(self.config.viable):
+                label = name(self.config, sa)
+                share = np.array([routed[0]["by_task"][t]["shares"].get(label, 0) for t in tasks])
+                axes[2].barh(range(len(tasks)), share, left=start, label=label,
+                             color=plt.cm.viridis(k / max(1, len(self.config.viable) - 1)))
+                start += share
+            axes[2].set_yticks(range(len(tasks)), tasks)
+            axes[2].invert_yaxis()
+            axes[2].set(xlim=(0, 1), xlabel="share of questions", title="what the router chose")
+            axes[2].legend(fontsize=8, loc="lower center", ncols=len(self.config.viable), bbox_to_anchor=(0.5, -0.25))
         figure.savefig(path, dpi=90)
         plt.close(figure)
+
+
+def heat(axes, values, rows, columns):
+    """A heat map of values (rows, columns) from 0 to 1, with the numbers in it."""
+    axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for i, j in np.ndindex(*values.shape):
+        axes.text(j, i, f"{values[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=9,
+                  color="black" if values[i, j] > 0.6 else "white")
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
 
 
 def frontier(x, y):
     """The points that none with at least as much x beats in y, as two lists in the order of x."""
     best = sorted((a, b) for a, b in zip(x, y) if not any(c >= a and d > b for c, d in zip(x, y)))
     return [a for a, _ in best], [b for _, b in best]
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+def parse(argv=None):
+    p = Parser(description="What each configuration can do, what it costs, and what the router makes of it.")
+    p.add_argument("--search", action="store_true", help="examine sub-networks of a model trained with all its "
+                   "candidates, draw a heat map, and write the viable ones into the model's config.json")
+    p.add_argument("--label", metavar="FILE", help="examine all viable configurations on a training subset, write a "
+                   "line for each question to FILE.jsonl, and print the pseudo-labels; goes on where it was stopped")
+    p.add_argument("--report", action="store_true", help="accuracy, savings and choices of the router, by task")
+    p.add_argument("--model", metavar="DIR", help="(default: nano, the one beside this script)")
+    p.add_argument("--exam", type=int, default=250, metavar="N", help="questions a task (default: 250)")
+    p.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
+    p.add_argument("--keep", type=float, default=0.99, metavar="F", help="share of the full configuration's accuracy "
+                   "that is good enough (default: 0.99)")
+    p.add_argument("--out", metavar="FILE.png", help="where --search and --report draw (default: nowhere)")
+    p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
+    args = p.parse_args(argv)
+    if args.search + bool(args.label) + args.report != 1:
+        p.error("give one of --search, --label FILE and --report")
+    if args.exam < 1 or args.seed < 0 or (args.threads or 1) < 1 or not 0 < args.keep <= 1:
+        p.error("--exam and --threads must be at least 1, --seed at least 0, --keep above 0 and at most 1")
+    if args.out and (not args.out.endswith(".png") or not Path(args.out).parent.is_dir()):
+        p.error(f"--out {args.out}: give a .png file in a directory that exists")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    import toy
+    from model import VLM
+    from train import DENSE, GROUPS, USUAL
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    directory = Path(args.model or DENSE.parent)
+    model = VLM.from_pretrained(directory)
+    c = model.config
+    if not c.sa:
+        raise ValueError(f"{directory} is a dense model: train stages 1 and 2 first")
+    if args.search:
+        search(model, directory, toy.exam(args.seed, args.exam), GROUPS, args)
+    elif args.label:
+        records = log_records(args.label, model, toy.exam(args.seed, args.exam, toy.TRAIN))
+        for task, i in labels_by_task(c.viable, records, args.keep).items():
+            print(f"{task:<14} {name(c, c.viable[i])}")
+    elif model.router is None:
+        raise ValueError(f"{directory} has no router: python train.py --stage 3 --model {directory} trains one")
+    else:
+        report = Report(c, all_records(model, toy.exam(args.seed, args.exam), c.viable), GROUPS, *USUAL)
+        print(report.text() + "\n\n" + report.routes())
+        if args.out:
+            report.draw(args.out)
+
+
+def search(model, directory, exam, groups, args):
+    """Which sub-networks hold what the largest configuration can do; the viable ones go into config.json."""
+    c = model.config
+    if c.router:
+        raise ValueError(f"{directory} has a router, which knows its viable configurations only; search before stage 3")
+    configurations = subnetworks(c.sa)
+    records = all_records(model, exam, configurations)
+    full, tasks = accuracy(records, len(configurations) - 1), [t for names in groups.values() for t in names]
+    own = [accuracy(records, i) for i in range(len(configurations))]
+    share = np.array([[x[t] / max(full[t], 1e-9) for t in tasks] for x in own])
+    found = viable(c, configurations, records, args.keep)
+    print(f"{'layers':<14}" + "".join(f"{t[:6]:>7}" for t in tasks))
+    for sa, row in zip(configurations, share):
+        print(f"{name(c, sa):<12}{'* ' if sa in found else '  '}" + "".join(f"{x:>7.2f}" for x in row))
+    if args.out:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+        figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(configurations)), constrained_layout=True)
+        heat(axes, share, [name(c, sa) + (" *" if sa in found else "") for sa in configurations], tasks)
+        axes.set_title(f"accuracy relative to {name(c, configurations[-1])}; * viable")
+        figure.savefig(args.out, dpi=90)
+    c.viable = found
+    (directory / "config.json").write_text(c.to_json())
+    print(f"{directory}/config.json: {len(found)} viable configurations", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -73,21 +73,25 @@ def placement(device, dtype):
 
 
 def configuration(args, config, text, vision, dense_vision):
-    """The self-attention layers to run for a prompt of `text` and `vision` tokens (`dense_vision` without packing)."""
+    """(what VLM.see is to be called with, the configurations that a router may choose) for a prompt of `text` and
+    `vision` tokens (`dense_vision` without packing)."""
     from flops import within_budget
     if args.budget is not None:
-        return within_budget(config, args.budget, text, vision, dense_vision)
+        allowed = within_budget(config, args.budget, text, vision, dense_vision)
+        return ("auto", allowed) if config.router else (allowed[0], None)
     if args.sa != "auto":
         sa = config.configuration(args.sa)
         if len(sa) < config.layers and sa not in config.viable:
             print(f"--sa {args.sa} is no configuration that this checkpoint is trained for", file=sys.stderr)
-        return sa
+        return sa, None
+    if config.router:
+        return "auto", None
     if not config.viable:
-        return config.configuration("dense")
+        return config.configuration("dense"), None
     sa = max(config.viable, key=len)
-    print(f"this checkpoint has no router: running its full configuration, --sa {','.join(map(str, sa)) or 'none'}",
-          file=sys.stderr)
-    return sa
+    print(f"this checkpoint has no router: running its full configuration, --sa {','.join(map(str, sa)) or 'none'}; "
+          f"python train.py --stage 3 --model {args.model} trains one", file=sys.stderr)
+    return sa, None
 
 
 def warn_of_other_worlds(questions, images, tokenizer):
@@ -133,26 +137,28 @@ def main(argv=None):
     if model.config.world == "toy":
         warn_of_other_worlds(args.q, images, model.tokenizer)
     stream = sys.stdout.isatty() and not args.json
-    caches = {}  # what has been seen: questions with the same beginning and configuration share it
+    caches, ran = {}, {}  # what has been seen, and in which configurations it was read
     for question, text in zip(args.q, texts):
         shared, own = data.split_shared(text)
         begin = data.encode(shared, model.tokenizer, pictures)
         prompt = data.encode(own, model.tokenizer, start=begin.end)
         n_text, n_vision = len(begin.ids) + len(prompt.ids), len(begin.v_pos)
-        sa = configuration(args, model.config, n_text, n_vision, dense_vision)
+        sa, allowed = configuration(args, model.config, n_text, n_vision, dense_vision)
         clock = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
-        first = (shared, sa) not in caches
-        if first:
-            caches[shared, sa] = model.see(begin, sa, room=len(prompt.ids) + min(args.max_tokens, 1024), clock=clock)
+        key, routes = (shared, sa), [sa]
+        if key not in caches:
+            caches[key] = model.see(begin, sa, room=len(prompt.ids) + min(args.max_tokens, 1024), clock=clock)
         trace = {} if args.explain else None
-        tokens = model.ask(caches[shared, sa], prompt, max_tokens=args.max_tokens, temperature=args.temperature,
-                           top_p=args.top_p, seed=args.seed, trace=trace, clock=clock,
+        tokens = model.ask(caches[key], prompt, max_tokens=args.max_tokens, temperature=args.temperature,
+                           top_p=args.top_p, seed=args.seed, trace=trace, clock=clock, allowed=allowed, routes=routes,
                            on_token=Stream(model.tokenizer) if stream else None)
         answer = model.tokenizer.decode(tokens).strip()
-        report = {"question": question, "answer": answer, "tokens": tokens, "sa": list(sa), "routed": False,
-                  "text_tokens": n_text, "vision_tokens": n_vision,
-                  "flops": cost(model.config, sa, begin, prompt, len(tokens), pictures, dense_vision, first),
+        report = {"question": question, "answer": answer, "tokens": tokens, "sa": list(routes[0]),
+                  "routed": sa == "auto", "text_tokens": n_text, "vision_tokens": n_vision,
+                  "flops": cost(model.config, routes[0], begin, prompt, len(tokens), pictures, dense_vision,
+                                ran.setdefault(key, []), sa == "auto"),
                   "seconds": {k: round(s, 4) for k, s in clock.items()}}
+        ran[key].append(routes[0])
         if args.json:
             print(json.dumps(report), flush=True)
         else:
@@ -164,18 +170,22 @@ def main(argv=None):
         print(f"{args.explain}: where the last answer looked", file=sys.stderr)
 
 
-def cost(config, sa, begin, prompt, answer, pictures, dense_vision, first):
-    """FLOPs of one question as it was run, and of dense without packing asked in the same way. Pictures and shared text
-    count for the first question only."""
-    from flops import answer_flops, connector_flops, llm_flops, tower_flops
+def cost(config, sa, begin, prompt, answer, pictures, dense_vision, ran, routed):
+    """FLOPs of one question as it was run, and of dense without packing asked in the same way. Pictures and shared
+    text count once: ran names the configurations in which they have been read before."""
+    from config import forks
+    from flops import answer_flops, connector_flops, llm_flops, router_flops, tower_flops
+    shared, own = len(begin.ids), len(prompt.ids)
 
-    def llm(sa, vision):
-        shared, own = len(begin.ids), len(prompt.ids)
-        total = llm_flops(config, sa, shared, vision, head=False) if first else 0
+    def llm(sa, vision, layers):
+        total = llm_flops(config, sa, shared, vision, head=False, layers=layers)
         total += llm_flops(config, sa, own, 0, shared, vision)
         return total + answer_flops(config, sa, shared + own, vision, answer)
-    tiles = sum(p.tiling.tiles for p in pictures) if first else 0
-    mine, dense = llm(sa, len(begin.v_pos)), llm(range(config.layers), dense_vision)
+    known = max([min(forks([sa, other]), default=config.layers) for other in ran], default=0)
+    mine = llm(sa, len(begin.v_pos), range(known, config.layers))
+    mine += router_flops(config, shared + own, len(begin.v_pos)) if routed else 0
+    dense = llm(range(config.layers), dense_vision, () if ran else range(config.layers))
+    tiles = 0 if ran else sum(p.tiling.tiles for p in pictures)
     return {"encoder": tower_flops(config, tiles) + connector_flops(config, tiles), "llm": mine, "llm_dense": dense,
             "saving": round(dense / mine, 3)}
 
@@ -184,9 +194,11 @@ def summary(report):
     """Two lines for people: what it cost and what it took."""
     s, n = report["seconds"], len(report["tokens"])
     rate = f" ({n / s['decode']:.1f} tokens/s)" if s["decode"] else ""
-    return (f"{report['text_tokens']} text + {report['vision_tokens']:,} visual tokens; language model "
-            f"{report['flops']['llm'] / 1e9:,.4g} GFLOP, {report['flops']['saving']:.3g}x less than dense\n"
-            f"encoder {s['encoder']:.2f} s, prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}")
+    layers = ",".join(map(str, report["sa"])) or "none"
+    return (f"{'routed to' if report['routed'] else 'ran'} --sa {layers}; {report['text_tokens']} text + "
+            f"{report['vision_tokens']:,} visual tokens; language model\n{report['flops']['llm'] / 1e9:,.4g} GFLOP, "
+            f"{report['flops']['saving']:.3g}x less than dense; encoder {s['encoder']:.2f} s, "
+            f"prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}")
 
 
 if __name__ == "__main__":

@@ -245,11 +245,12 @@ def caption(asked):
     return pieces
 
 
-def exam(seed, n):
-    """[(image, [(task, question, answer), ...])]: n held-out quilts of each kind, each with one question a task."""
+def exam(seed, n, split=EXAM):
+    """[(image, [(task, question, answer), ...])]: n held-out quilts of each kind, each with one question a task.
+    split: TRAIN for those that a router learns from."""
     papers = []
     for i, kind in enumerate(KINDS * n):
-        rng = np.random.default_rng((EXAM, seed, i))
+        rng = np.random.default_rng((split, seed, i))
         q = quilt(rng, kind)
         papers.append((render(q, rng), [(task, *pairs[rng.integers(len(pairs))]) for task, pairs in
                                         questions(q).items()]))

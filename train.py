@@ -1,11 +1,12 @@
 """Training, all stages, in one loop.
 
-    python train.py               the miniature: stages 1 and 2 from the dense weights in nano/dense, then the table
+    python train.py               the miniature: stages 1, 2, 3 from the dense weights in nano/dense, then the table
     python train.py --stage 0     a dense miniature from nothing
 
 Stage 0 makes the dense model, 1 trains the new cross-attentions alone, 2 trains everything, in a viable configuration
-drawn anew for each step: one universal model (paper 4.2.3, 5.1). Everything random follows from the seed and the step's
-number, so that a run that was stopped goes on as if it had not been.
+drawn anew for each step: one universal model (paper 4.2.3, 5.1). Stage 3 trains the router, and nothing else (4.3).
+Everything random follows from the seed and the step's number, so that a run that was stopped goes on as if it had not
+been.
 """
 import json
 import os
@@ -26,12 +27,13 @@ import data
 import router
 import toy
 from config import Parser, run
+from flops import name
 from model import VLM
 
 DENSE = Path(__file__).parent / "nano" / "dense"  # where the miniature starts from
 
 GROUPS = {"easy": toy.EASY, "hard": toy.HARD}
-USUAL = 9, 51  # text and visual tokens of a question about a quilt, for the savings
+USUAL = 9, (toy.SIDE * toy.CELL,) * 2  # text tokens of a question, size of its picture: for the savings
 
 
 # --- optimisers -----------------------------------------------------------------------------------------------------
@@ -68,13 +70,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model, lr):
-    """Muon for the matrices, AdamW with a tenth of the rate for embeddings, convolutions, norms and biases."""
+    """{name: (optimizer, names of its parameters, learning rate)}: Muon for the matrices, AdamW with a tenth of the
+    rate for embeddings, convolutions, norms, biases and the router."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices = [n for n, p in trained.items() if p.ndim == 2 and "embed" not in n]
+    matrices = [n for n, p in trained.items() if p.ndim == 2 and "embed" not in n and not n.startswith("router.")]
     rest = [n for n in trained if n not in matrices]
-    return {"muon": (Muon([trained[n] for n in matrices], lr), matrices, lr),
-            "adamw": (torch.optim.AdamW([trained[n] for n in rest], lr / 10, betas=(0.9, 0.98), weight_decay=0.0),
+    opts = {"adamw": (torch.optim.AdamW([trained[n] for n in rest], lr / 10, betas=(0.9, 0.98), weight_decay=0.0),
                       rest, lr / 10)}
+    return {"muon": (Muon([trained[n] for n in matrices], lr), matrices, lr), **opts} if matrices else opts
 
 
 def rate(step, steps, warmup, flat):
@@ -107,8 +110,8 @@ def word_loss(model, v, truth):
 class Quilts:
     """Batches of conversations about toy.py's quilts; batch i is the same whenever it is asked for."""
 
-    def __init__(self, model, seed, batch_size, turns=10):
-        self.model, self.seed, self.batch_size, self.turns = model, seed, batch_size, turns
+    def __init__(self, model, seed, batch_size, turns=10, words=0.0):
+        self.model, self.seed, self.batch_size, self.turns, self.words = model, seed, batch_size, turns, words
         self.vocabulary = model.tokenizer.get_vocab()
 
     def __getitem__(self, i):
@@ -128,6 +131,32 @@ class Quilts:
             labels.append(learned)
         return data.collate(prompts), torch.from_numpy(data.pad(labels, -1)), quilts
 
+    def loss(self, item, sa, step):
+        """The loss of one batch in configuration sa.
+
+        words: the weight of what visual tokens say, stage 0's auxiliary loss: the connector's output is to say the
+        words of level 0, and what the first, second, third self-attention candidate makes of it those of level 1, 2, 3.
+        With it goes stochastic depth (Huang et al. 2016) for visual tokens: in all other layers they rest with a
+        probability drawn for each step. What a layer has learned is not to depend on all those before it, as in large
+        models.
+        """
+        batch, labels, pictures = item
+        model, states, rest = self.model, {}, ()
+        t, v, t_pos, v_pos = model.embed(batch)
+        if self.words:
+            rng = np.random.default_rng((self.seed, step))
+            runs = rng.random(model.config.layers) < rng.random()
+            rest = [l for l in range(model.config.layers) if not runs[l] and l not in toy.SA]
+        h = model.language_model(t, v, t_pos, v_pos, sa, states=states, rest=rest)
+        loss = answer_loss(model, h, labels)
+        if self.words:
+            states[-1] = v
+            truth = torch.zeros(())
+            for level, l in enumerate((-1, *toy.SA)):
+                truth = truth.maximum(self.truth(pictures, level))
+                loss = loss + self.words * word_loss(model, states[l][:, toy.CELL_TOKENS], truth)
+        return loss
+
     def truth(self, quilts, level):
         """(B, 36, vocab) 1 for each word that becomes true of a cell at this level."""
         truth = np.zeros((len(quilts) * 36, self.model.config.vocab), dtype=np.float32)
@@ -135,30 +164,6 @@ class Quilts:
         cells = [i for i, words in enumerate(said) for _ in words]
         truth[cells, [self.vocabulary[w] for words in said for w in words]] = 1
         return torch.from_numpy(truth).unflatten(0, (-1, 36))
-
-
-def learn(model, quilts, item, sa, words, seed):
-    """The loss of one batch in configuration sa.
-
-    words: the weight of what visual tokens say, stage 0's auxiliary loss. The pictures run once more, without the
-    questions: the connector's output is to say the words of level 0, and what the first, second, third self-attention
-    candidate makes of it those of level 1, 2, 3. Every other layer but the last rests with probability 1/2 (stochastic
-    depth, Huang et al. 2016): what a layer has learned is not to depend on all those before it, as in large models.
-    """
-    batch, labels, pictures = item
-    t, v, t_pos, v_pos = model.embed(batch)
-    loss = answer_loss(model, model.language_model(t, v, t_pos, v_pos, sa), labels)
-    if words:
-        n, states = model.config.layers, {}
-        runs = np.random.default_rng(seed).random(n) < 0.5
-        sa = tuple(l for l in range(n) if runs[l] or l in toy.SA or l == n - 1)
-        model.language_model(t[:, :2], v, t_pos[:, :2], v_pos, sa, states=states)  # two tokens stand before a picture
-        states[-1] = v
-        truth = torch.zeros(())
-        for level, l in enumerate((-1, *toy.SA)):
-            truth = truth.maximum(quilts.truth(pictures, level))
-            loss = loss + words * word_loss(model, states[l][:, toy.CELL_TOKENS], truth)
-    return loss
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -183,8 +188,8 @@ def save(out, model, opts, state, keep=2):
 
 def restore(checkpoint, opts):
     """Puts the optimisers' tensors back."""
-    for name, x in load_file(checkpoint / "optimizer.safetensors").items():
-        kind, _, rest = name.partition(".")
+    for label, x in load_file(checkpoint / "optimizer.safetensors").items():
+        kind, _, rest = label.partition(".")
         parameter, _, key = rest.rpartition(".")
         opt, names, _ = opts[kind]
         opt.state[opt.param_groups[0]["params"][names.index(parameter)]][key] = x
@@ -198,10 +203,11 @@ def newest(out, stages):
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
-RECIPES = {  # of the miniature, 1 thread; steps of 24 pictures with 10 questions each
-    0: dict(steps=3200, lr=0.015, warmup=50, flat=0.6, words=1.0),
-    1: dict(steps=120, lr=0.02, warmup=20, flat=0.5),
-    2: dict(steps=1200, lr=0.01, warmup=30, flat=0.5),
+RECIPES = {  # of the miniature; batches of pictures with 10 questions or 30 short ones each, in stage 3 of questions
+    0: dict(batch_size=24, steps=3200, lr=0.015, warmup=50, flat=0.6, words=1.0),
+    1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, flat=0.5),
+    2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, flat=0.5),
+    3: dict(batch_size=128, steps=300, lr=0.03, warmup=20, flat=0.5, quilts=250, labels="task", leave_out=()),
 }
 
 
@@ -213,32 +219,40 @@ def draw(viable, seed, step):
     return pool[np.random.default_rng((seed, step)).integers(len(pool))]
 
 
+def lessons(model, stage, out, s):
+    """What a stage learns from: batches by number, and their loss. For stage 3 the pseudo-labels are made first."""
+    if stage < 3:
+        return Quilts(model, s["seed"], s["batch_size"], s["turns"], s.get("words", 0.0))
+    exam = toy.exam(s["seed"], s["quilts"], toy.TRAIN)
+    records = router.log_records(out / "labels.jsonl", model, exam)
+    targets = router.pseudo_labels(model.config.viable, records, s["labels"], s["leave_out"])
+    return router.Lessons(model, exam, targets, s["seed"], s["batch_size"])
+
+
 def train(model, stage, out, settings, checkpoint=None):
     """Runs a stage to its end, from a checkpoint of the same stage if there is one, and leaves checkpoints in out/.
 
-    settings: what RECIPES has, and seed, batch_size, turns, save_every. Ctrl-C saves, says so and leaves.
+    settings: what RECIPES has, and seed, turns, save_every. Ctrl-C saves, says so and leaves.
     """
     s, c = settings, model.config
-    for p in model.parameters():
-        p.requires_grad_(stage != 1)
-    model.language_model.cross.requires_grad_(True)
+    model.requires_grad_(stage in (0, 2))
+    {1: model.language_model.cross, 3: model.router}.get(stage, model).requires_grad_(True)
     opts, first = optimizers(model, s["lr"]), 0
     if checkpoint:
         restore(checkpoint, opts)
         first = json.loads((checkpoint / "state.json").read_text())["step"]
     n, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == x) for x in (True, False))
     print(f"stage {stage}: {n:,} parameters train, {frozen:,} are frozen", file=sys.stderr)
-    quilts = Quilts(model, s["seed"], s["batch_size"], s["turns"])
     out.mkdir(parents=True, exist_ok=True)
+    source = lessons(model, stage, out, s)
     log, mean, start = open(out / "log.jsonl", "a"), 0.0, time.perf_counter()
     asked_to_stop = []
     before = signal.signal(signal.SIGINT, lambda *_: asked_to_stop.append(1))
     bar = tqdm(range(first, s["steps"]), initial=first, total=s["steps"], desc=f"stage {stage}", ncols=80)
     model.train()
     for step in bar:
-        item = quilts[step + (stage << 40)]
-        sa = tuple(range(c.layers)) if stage == 0 else draw(c.viable, s["seed"], step)
-        loss = learn(model, quilts, item, sa, s.get("words", 0.0), (s["seed"], step))
+        sa = tuple(range(c.layers)) if stage == 0 else draw(c.viable, s["seed"], step) if stage < 3 else c.viable[0]
+        loss = source.loss(source[step + (stage << 40)], sa, step)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt, _, lr in opts.values():
@@ -249,7 +263,7 @@ def train(model, stage, out, settings, checkpoint=None):
         log.write(json.dumps({"stage": stage, "step": step + 1, "loss": loss.item(), "sa": list(sa),
                               "seconds": round(time.perf_counter() - start, 2)}) + "\n")
         if step % 10 == 9:
-            bar.set_postfix_str(f"loss {mean:.3f}, layers {','.join(map(str, sa)) if stage else 'all'}")
+            bar.set_postfix_str(f"loss {mean:.3f}" + f", layers {name(c, sa)}" * (stage < 3))
             log.flush()
         done = step + 1 == s["steps"]
         if done or asked_to_stop or (step + 1) % s["save_every"] == 0:
@@ -271,10 +285,10 @@ def fresh(seed):
     model.tokenizer = toy.tokenizer()
     c = model.config
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "embed_tokens" in name:
+        for label, p in model.named_parameters():
+            if "embed_tokens" in label:
                 p.normal_(0, 0.5)
-            elif "position_embedding" in name:
+            elif "position_embedding" in label:
                 p.normal_(0, 0.3)
             elif p.ndim > 1:
                 p.normal_(0, 0.8 * p[0].numel() ** -0.5)
@@ -285,23 +299,29 @@ def fresh(seed):
 
 
 def parse(argv=None):
-    p = Parser(description="Train the miniature: without --stage, stages 1 and 2 from nano/dense, then the table.",
-               epilog="Stage 0 takes about 33 minutes on one core, stages 1 and 2 about 9.")
-    p.add_argument("--stage", type=int, choices=(0, 1, 2), help="0 dense pretraining, 1 the new cross-attentions "
-                   "alone, 2 everything, universal")
+    p = Parser(description="Train the miniature: without --stage, stages 1 to 3 from nano/dense, then the table.",
+               epilog="Stage 0 takes about 33 minutes on one core, the others about 9 together.")
+    p.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="0 dense pretraining, 1 the new cross-attentions "
+                   "alone, 2 everything, universal, 3 the router")
     p.add_argument("--model", metavar="NAME", help="what a stage starts from (default: the newest earlier stage in "
                    "--out, else nano/dense)")
     p.add_argument("--data", default="toy", choices=("toy",), help="toy: the quilts of toy.py (default)")
     p.add_argument("--out", default="out", metavar="DIR", help="checkpoints, log.jsonl, table.json, table.png "
                    "(default: out)")
     p.add_argument("--steps", type=int, metavar="N", help="optimisation steps of a stage")
-    p.add_argument("--batch-size", type=int, default=24, metavar="N", help="pictures a step (default: 24)")
+    p.add_argument("--batch-size", type=int, metavar="N", help="pictures a step (default: 24), in stage 3 questions "
+                   "(default: 128)")
     p.add_argument("--turns", type=int, default=10, metavar="N", help="questions a picture (default: 10)")
-    p.add_argument("--lr", type=float, metavar="X", help="Muon's learning rate; AdamW's is a tenth of it")
+    p.add_argument("--lr", type=float, metavar="X", help="Muon's learning rate; AdamW's, for all but matrices and "
+                   "for the router, is a tenth of it")
     p.add_argument("--words", type=float, metavar="X", help="weight of the words that visual tokens say (default: 1 in "
                    "stage 0, else 0)")
     p.add_argument("--viable", action="append", metavar="LAYERS", help="a configuration to train: none or 4,7; may be "
                    f"given several times (default: {' '.join(','.join(map(str, v)) or 'none' for v in toy.VIABLE)})")
+    p.add_argument("--labels", choices=("task", "sample"), help="stage 3: what the router is to choose, per task as "
+                   "the paper (default), or the oracle's choice per sample")
+    p.add_argument("--leave-out", action="append", metavar="TASK", help="stage 3: a task that the router does not "
+                   "learn from; may be given several times")
     p.add_argument("--save-every", type=int, default=200, metavar="N", help="steps between checkpoints (default: 200)")
     p.add_argument("--exam", type=int, default=250, metavar="N", help="held-out questions a task for the table "
                    "(default: 250)")
@@ -309,9 +329,9 @@ def parse(argv=None):
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     p.add_argument("--resume", action="store_true", help="go on with what is in --out, in its own settings")
     args = p.parse_args(argv)
-    for name in ("steps", "batch_size", "turns", "save_every", "exam", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number of at least 1")
+    for flag in ("steps", "batch_size", "turns", "save_every", "exam", "threads"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a number of at least 1")
     if args.lr is not None and not args.lr > 0:
         p.error(f"--lr {args.lr}: give a number above 0")
     return args
@@ -322,9 +342,12 @@ def start(stage, args, out):
     if stage == 0 and not args.model:
         return fresh(args.seed)
     model = VLM.from_pretrained(args.model or newest(out, range(stage)) or DENSE)
+    if stage == 3:
+        torch.manual_seed(args.seed)
+        return model.add_router()
     if stage and not model.config.ca:
         model.add_cross_attention(toy.CA, toy.SA, toy.VIABLE)
-    return model
+    return model.remove_router()
 
 
 def main(argv=None):
@@ -332,7 +355,7 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # vanishing gradients of saturated sigmoids would be 100 times slower
-    out, stages = Path(args.out), [1, 2] if args.stage is None else [args.stage]
+    out, stages = Path(args.out), [1, 2, 3] if args.stage is None else [args.stage]
     if not args.resume and any(newest(out, [stage]) for stage in stages):
         raise ValueError(f"{out} holds a run of this stage already: --resume goes on with it, --out begins another")
     for stage in stages:
@@ -342,10 +365,11 @@ def main(argv=None):
             settings = json.loads((checkpoint / "state.json").read_text())
         else:
             model = start(stage, args, out)
-            given = {k: getattr(args, k) for k in ("steps", "lr", "words") if getattr(args, k) is not None}
-            settings = {**RECIPES[stage], **given, "seed": args.seed, "batch_size": args.batch_size,
-                        "turns": args.turns, "save_every": args.save_every}
-            if stage and args.viable:
+            flags = ("steps", "batch_size", "lr", "words", "labels", "leave_out")
+            given = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
+            settings = {**RECIPES[stage], **given, "seed": args.seed, "turns": args.turns,
+                        "save_every": args.save_every}
+            if stage in (1, 2) and args.viable:
                 model.config.viable = tuple(model.config.configuration(v) for v in args.viable)
         if not (checkpoint and settings["step"] == settings["steps"]):
             model = train(model, stage, out, settings, checkpoint)
@@ -353,14 +377,15 @@ def main(argv=None):
 
 
 def report(model, args, out):
-    """The table of accuracy by configuration and task, on held-out questions."""
-    c = model.config
-    results = router.examine(model, toy.exam(args.seed, args.exam), c.viable or [tuple(range(c.layers))])
-    if c.viable:
-        dense = VLM.from_pretrained(DENSE)
-        results = {**router.examine(dense, toy.exam(args.seed, args.exam), [tuple(range(c.layers))]), **results}
-    table = router.Report(c, results, GROUPS, *USUAL)
+    """The table of accuracy by configuration and task, on held-out questions, and what the router did."""
+    c, exam = model.config, toy.exam(args.seed, args.exam)
+    everything = [tuple(range(c.layers))]
+    records = router.all_records(model, exam, c.viable or everything)
+    dense = router.all_records(VLM.from_pretrained(DENSE), exam, everything) if c.viable else None
+    table = router.Report(c, records, GROUPS, *USUAL, dense)
     print(table.text())
+    if model.router is not None:
+        print("\n" + table.routes())
     table.save(out / "table.json")
     try:
         table.draw(out / "table.png")

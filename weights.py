@@ -1,13 +1,21 @@
-"""The files of a checkpoint: where they are, and what each family calls the tensors in them.
+"""The files of a checkpoint: where they are, what each family calls the tensors in them, reading and writing them.
 
 Understood are LLaVA-OneVision as llava-hf and lmms-lab publish it, a SigLIP and a Qwen2 directory, and what
 VLM.save_pretrained writes. Safetensors only, one file or shards with an index; nothing is ever unpickled.
 """
 import json
+import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from config import join_configs, read_config
+from data import load_tokenizer, vocabulary_size
 
 # Names in files -> our names: the first prefix that fits is replaced; None: left out on purpose. What fits none keeps
 # its name, as our own checkpoints do.
@@ -100,3 +108,84 @@ def open_weights(file):
         return safe_open(file, "pt", backend="pread")
     except SafetensorError as e:
         raise ValueError(f"{file}: truncated, or not a safetensors file ({e}); download it again") from None
+
+
+def load(kind, name, dtype, device):
+    """A model of class `kind`; see VLM.from_pretrained."""
+    parts = [name] if Path(name).is_dir() else str(name).split("+")
+    if len(parts) > 2:
+        raise ValueError(f"{name}: give one checkpoint, or two as SIGLIP+QWEN2")
+    directories = [find(part) for part in parts]
+    config = read_config(directories[0]) if len(parts) == 1 else join_configs(*directories)
+    tokenizer = load_tokenizer(directories[-1])
+    if (tokens := vocabulary_size(tokenizer)) > config.vocab:
+        raise ValueError(f"{directories[-1]}/tokenizer.json has {tokens} tokens, the model only {config.vocab}; "
+                         "get both from the same place")
+    config.vocab = tokens  # rows beyond are padding
+    files, unexpected = scan(directories, config)
+    config.tied = config.tied or "lm_head.weight" not in files
+    if config.tied:
+        files.pop("lm_head.weight", None)
+    with torch.device("meta"):
+        model = kind(config)
+    fresh = check(model, files, unexpected, directories, len(parts) == 2)
+    for target, (file, key) in files.items():
+        shape = model.get_parameter(target).shape
+        with open_weights(file) as f:  # opened anew for each tensor, so that memory holds one of them at a time
+            tensor = f.get_slice(key)[:shape[0]] if shape else f.get_tensor(key)
+        model.put(target, tensor.to(device, dtype))
+    for module in fresh:
+        model.start(module, dtype, device)
+    model.tokenizer = tokenizer
+    n = sum(p.numel() for p in model.parameters())
+    notes = [f"{name}: {n / 1e6:,.1f} M parameters", f"{str(dtype)[6:]} on {device}"]
+    notes += ["head tied to the embedding"] * config.tied + [f"new: {', '.join(fresh)}"] * bool(fresh)
+    notes += ["RANDOM weights: answers mean nothing"] * (config.stage == "random")
+    print(", ".join(notes), file=sys.stderr)
+    return model.eval()
+
+
+def check(model, files, unexpected, directories, joined):
+    """Compares names and shapes before anything is read; returns the modules that may and will start fresh."""
+    where, wanted = " + ".join(map(str, directories)), dict(model.named_parameters())
+    missing, unexpected = sorted(set(wanted) - set(files)), sorted([*unexpected, *(set(files) - set(wanted))])
+    may_be_new = r"language_model\.cross\.\d+|router" + (r"|multi_modal_projector|image_newline" if joined else "")
+    fresh = {m[0] for name in missing if (m := re.match(may_be_new, name))}
+    fresh = sorted(part for part in fresh if not any(name.startswith(part + ".") for name in files))  # whole parts
+    missing = [name for name in missing if not ((m := re.match(may_be_new, name)) and m[0] in fresh)]
+    if missing or unexpected:
+        raise ValueError(f"{where}: the tensors are not those that config.json describes;"
+                         + (f" missing: {some(missing)}" if missing else "")
+                         + (f" unexpected: {some(unexpected)}" if unexpected else "") + "; get config.json and "
+                         "weights from the same place")
+    for name, (file, key) in files.items():
+        with open_weights(file) as f:
+            shape, want = tuple(f.get_slice(key).get_shape()), tuple(wanted[name].shape)
+        rows = name in ("language_model.embed_tokens.weight", "lm_head.weight")
+        if shape != want and not (rows and shape[1:] == want[1:] and shape[0] > want[0]):
+            raise ValueError(f"{file}: {key} has shape {shape}, config.json asks for {want}; get both from the "
+                             "same place")
+    return fresh
+
+
+def write(model, directory):
+    """See VLM.save_pretrained."""
+    directory = Path(directory)
+    beside = directory.with_name(directory.name + ".writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    (beside / "config.json").write_text(model.config.to_json())
+    save_file({k: v.detach().contiguous() for k, v in model.named_parameters()}, beside / "model.safetensors",
+              metadata={"format": "pt"})
+    shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors makes it private
+    if model.tokenizer is not None:
+        model.tokenizer.save(str(beside / "tokenizer.json"))
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in beside.iterdir():
+        os.replace(file, directory / file.name)
+    (directory / "model.safetensors.index.json").unlink(missing_ok=True)  # or older shards would win at loading
+    beside.rmdir()
+
+
+def some(names, n=6):
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -37,10 +37,10 @@ def experiment(name, seed, args):
         for stage in (1, 2):
             recipe = train.RECIPES[stage]
             steps = recipe["steps"] if stage == 1 else STEPS * times
-            settings = {**recipe, "steps": steps, "seed": seed, "batch_size": 24, "turns": 10, "save_every": 10**9}
+            settings = {**recipe, "steps": steps, "seed": seed, "turns": 10, "save_every": 10**9}
             model = train.train(model, stage, out, settings)
-        results = router.examine(model, toy.exam(seed, args.exam), configurations)
-        rows = router.Report(model.config, results, train.GROUPS, *train.USUAL).rows
+        records = router.all_records(model, toy.exam(seed, args.exam), configurations)
+        rows = router.Report(model.config, records, train.GROUPS, *train.USUAL).rows
         (out / "row.json").write_text(json.dumps({"run": name, "seed": seed, "steps": STEPS * times, "rows": rows}))
     return json.loads((out / "row.json").read_text())
 
@@ -95,9 +95,8 @@ def main(argv=None):
                 experiment(name, seed, args)
     rows = [json.loads(file.read_text()) for file in sorted(Path(args.out).glob("*/row.json"))]
     dense = VLM.from_pretrained(train.DENSE)
-    everything = tuple(range(dense.config.layers))
-    results = router.examine(dense, toy.exam(0, args.exam), [everything])
-    row = router.Report(dense.config, results, train.GROUPS, *train.USUAL).rows[0]
+    records = router.all_records(dense, toy.exam(0, args.exam), [tuple(range(dense.config.layers))])
+    row = router.Report(dense.config, records, train.GROUPS, *train.USUAL).rows[0]
     RESULTS.write_text(json.dumps({"command": "python -m paper.ablate", "dense": row, "runs": rows}, indent=1) + "\n")
     print(tables(rows, row))
 

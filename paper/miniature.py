@@ -12,13 +12,14 @@ import toy
 import train
 from config import Parser, run
 from model import VLM
-from router import Report, examine
+from router import Report, all_records
 
 ROOT = Path(__file__).parent.parent
 
 
 def table(rows):
     """(markdown with the means, the largest difference between seeds) of the rows of reports, one for a seed."""
+    rows = [[row for row in seed if row["sa"] is not None] for seed in rows]  # routers: paper.routing
     head = [row["name"] for row in rows[0]]
     lines = ["| layers | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|",
              "| saving | " + " | ".join(f"{row['saving']:.2f}x" for row in rows[0]) + " |"]
@@ -40,13 +41,13 @@ def main(argv=None):
     p.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0, 1, 2)")
     args = p.parse_args(argv)
     dense, visor, rows = VLM.from_pretrained(train.DENSE), VLM.from_pretrained(ROOT / "nano"), []
+    c = visor.config
     for seed in args.seed or (0, 1, 2):
         exam = toy.exam(seed, args.exam)
-        results = {**examine(dense, exam, [tuple(range(dense.config.layers))]),
-                   **examine(visor, exam, visor.config.viable)}
-        rows.append(Report(visor.config, results, train.GROUPS, *train.USUAL).rows)
+        report = Report(c, all_records(visor, exam, c.viable), train.GROUPS, *train.USUAL,
+                        all_records(dense, exam, [tuple(range(c.layers))]))
+        rows.append([dict(row) for row in report.rows])
     text, spread = table(rows)
-    report = Report(visor.config, results, train.GROUPS, *train.USUAL)
     for i, row in enumerate(report.rows):  # the picture shows the means
         row["tasks"] = {t: statistics.mean(seed[i]["tasks"][t] for seed in rows) for t in toy.TASKS}
         row.update({g: statistics.mean(seed[i][g] for seed in rows) for g in train.GROUPS})

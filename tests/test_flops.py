@@ -103,6 +103,7 @@ def test_bytes_are_those_allocated(m, sa):
     p = prompt_of(m)
     text, vision = len(p.ids), len(p.v_pos)
     cache = m.new_cache(1, sa, text + 9, vision)
+    m.generate([p], sa, max_tokens=1, cache=cache)
     assert flops.cache_bytes(m.config, sa, text + 9, vision, itemsize=4) == cache.nbytes
     largest = []
     hooks = [x.register_forward_hook(lambda _, __, y: largest.append(y.nbytes)) for x in m.language_model.modules()

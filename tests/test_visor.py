@@ -123,7 +123,7 @@ def slow_cross(cross, x, is_text, c):
     return cross.o_proj(slow_attention(cross.q_proj(cross.q_norm(x)), cross.k_proj(y), cross.v_proj(y), may_look, c))
 
 
-def slow(lm, t, v, prompt, sa):
+def slow(lm, t, v, prompt, sa, rest=()):
     """The language model on one whole prompt: t (Nt, d), v (Nv, d) -> (Nt, d)."""
     c, order = lm.config, [None] * prompt.end
     for i, p in enumerate([*prompt.t_pos, *prompt.v_pos]):
@@ -133,7 +133,7 @@ def slow(lm, t, v, prompt, sa):
     causal = torch.ones(len(x), len(x)).tril().bool()
     for l, block in enumerate(lm.layers):
         if l in sa:
-            x = slow_block(block, x, causal, c)
+            x = torch.where(is_text[:, None] | (l not in rest), slow_block(block, x, causal, c), x)
             continue
         if l in c.ca:
             x = torch.where(is_text[:, None], x + slow_cross(lm.cross[str(l)], x, is_text, c), x)
@@ -172,6 +172,17 @@ def test_forward_is_the_reference(seed):
         expected = m.head(slow(m.language_model, t[0], v[0], p, sa))
         assert 4 < expected.std() < 20  # else the tolerance would mean nothing
         assert diff(fast, expected) < CLOSE and diff(noisy[:len(p.ids)], expected) < CLOSE, (m.config.ca, sa)
+
+
+@pytest.mark.parametrize("sa, rest", [(DENSE, (0, 2, 3)), (DENSE, DENSE), ((1, 4), (1,)), ((1, 4), (4,)), ((1,), (2,))])
+@torch.no_grad()
+def test_vision_may_rest_while_text_looks_at_it(sa, rest):
+    m, rng = new(5)
+    prompts = [some_prompt(m, rng, images) for images in (1, 2, 0)]
+    h = m.language_model(*m.embed(collate(prompts)), sa, rest=rest)
+    for p, row in zip(prompts, h):
+        t, v, *_ = m.embed(collate([p]))
+        assert diff(m.head(row[:len(p.ids)]), m.head(slow(m.language_model, t[0], v[0], p, sa, rest))) < CLOSE
 
 
 @pytest.mark.parametrize("sa", [(), (1,), (4,), (1, 4), (5,), DENSE])

@@ -1,0 +1,96 @@
+"""What the router gains on the miniature, and what it does with tasks that it has never seen (paper 4.3, appendix G).
+
+    python -m paper.routing
+
+Three routers with different seeds, each with labels, training and an examination of its own, on the shipped weights;
+and three that do not learn from three of the tasks. Writes paper/results/routing.json and prints the README's tables.
+"""
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+import router
+import toy
+import train
+from config import Parser, run
+from model import VLM
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = ("colour", "value", "updated row")  # as GQA, DocVQA and one more in the paper
+
+
+def experiment(seed, left_out, args):
+    """The rows of a report about a router trained with this seed."""
+    out = Path(args.out) / f"seed-{seed}{'-left-out' if left_out else ''}"
+    model = VLM.from_pretrained(ROOT / "nano").remove_router()
+    torch.manual_seed(seed)
+    model.add_router()
+    settings = {**train.RECIPES[3], "seed": seed, "turns": 10, "save_every": 10**9, "leave_out": left_out}
+    model = train.train(model, 3, out, settings)
+    records = router.all_records(model, toy.exam(seed, args.exam), model.config.viable)
+    return router.Report(model.config, records, train.GROUPS, *train.USUAL).rows
+
+
+def cell(values, digits=3):
+    """Mean and spread (largest minus smallest)."""
+    return f"{statistics.mean(values):.{digits}f} ({max(values) - min(values):.{digits}f})"
+
+
+def tables(results):
+    """Markdown: the router against the full configuration and the oracle; and what it did with each task.
+
+    results: {"all tasks" or "three left out": [rows of each seed]}.
+    """
+    full = max(range(len(results["all tasks"][0])), key=lambda i: len(results["all tasks"][0][i]["sa"] or ()))
+    lines = ["| | easy | hard | layers, easy | layers, hard | LLM saving | with the encoder |", "|---" * 7 + "|"]
+    for label, rows in results.items():
+        picks = [("always " + rows[0][full]["name"], full)] if label == "all tasks" else []
+        names = [row["name"] for row in rows[0]]
+        picks += [("router" + (", three tasks left out" if label != "all tasks" else ""), names.index("router"))]
+        picks += [("oracle", names.index("oracle"))] if label == "all tasks" else []
+        for title, i in picks:
+            row = [seed[i] for seed in rows]
+            cells = [cell([r[g] for r in row]) for g in train.GROUPS]
+            cells += [cell([r["by_group"][g]["layers"] for r in row], 2) for g in train.GROUPS]
+            cells += [cell([r[key] for r in row], 2) for key in ("saving", "end_to_end")]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    names = list(results["all tasks"][0][0]["tasks"])
+    lines += ["", "| task | full | router | layers | LLM saving | chosen, % | left out |", "|---" * 7 + "|"]
+    for task in [t for t in (*toy.EASY, *toy.HARD) if t in names]:
+        rows = [next(r for r in seed if r["name"] == "router") for seed in results["all tasks"]]
+        other = [next(r for r in seed if r["name"] == "router") for seed in results["three left out"]]
+        shares = {}
+        for r in rows:
+            for name, share in r["by_task"][task]["shares"].items():
+                shares[name] = shares.get(name, 0) + 100 * share / len(rows)
+        chosen = ", ".join(f"{name}: {share:.0f}" for name, share in sorted(shares.items(), key=lambda x: -x[1])
+                           if share >= 0.5)
+        without = f"{statistics.mean(r['tasks'][task] for r in other):.3f}" if task in LEFT_OUT else ""
+        lines.append(f"| {task} | {statistics.mean(seed[full]['tasks'][task] for seed in results['all tasks']):.3f} | "
+                     f"{statistics.mean(r['tasks'][task] for r in rows):.3f} | "
+                     f"{statistics.mean(r['by_task'][task]['layers'] for r in rows):.2f} | "
+                     f"{statistics.mean(r['by_task'][task]['saving'] for r in rows):.2f}x | {chosen} | {without} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    p = Parser(description="Routers on the miniature, three seeds, with all tasks and with three left out.")
+    p.add_argument("--out", default="out/routing", metavar="DIR", help="where the runs go (default: out/routing)")
+    p.add_argument("--exam", type=int, default=1000, metavar="N", help="questions a task (default: 1000)")
+    p.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0, 1, 2)")
+    p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
+    args = p.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    results = {label: [experiment(seed, left_out, args) for seed in args.seed or (0, 1, 2)]
+               for label, left_out in (("all tasks", ()), ("three left out", LEFT_OUT))}
+    (ROOT / "paper" / "results" / "routing.json").write_text(json.dumps(
+        {"command": "python -m paper.routing", "left_out": LEFT_OUT, "results": results}, indent=1) + "\n")
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    run(main)
