@@ -227,6 +227,10 @@ def main(argv=None):
               "text_tokens": args.text, "answer_tokens": args.answer, "batch": args.batch, "pack": c.pack,
               "parameters": {"llm": llm_parameters(c), "cross_attention": cross_parameters(c)},
               "rows": compare(rows, dense)}
+    if c.fork:
+        least = min(c.viable, key=lambda sa: llm_flops(c, sa, args.text, vision))
+        report["router"] = {"flops": args.batch * router_flops(c, args.text, vision), "cheapest": name(c, least),
+                            "share": router_flops(c, args.text, vision) / llm_flops(c, least, args.text, vision)}
     if args.measure:
         from paper.bench import explain_seconds
         report["measured"] = explain_seconds(c, asked, args.text, vision, tiles)
@@ -257,15 +261,19 @@ def page(c, r):
            "  cross-attention adds 4 text d H + vision (4 d K + 14 d) + 4 text vision H.", "",
            f"GFLOP: encoder {giga(r['rows'][0]['encoder'])}, connector {giga(r['rows'][0]['connector'])}, and "
            f"the language model:", "",
-           f"{'':33}{'each':>7}{'answer':>7}{'with':>9}   saving over dense",
-           f"{'self-attention layers':24}{'prefill':>9}{'token':>7}{'of ' + str(r['answer_tokens']):>7}{'encoder':>9}"
+           f"{'':33}{'each':>8}{'answer':>7}{'with':>9}   saving over dense",
+           f"{'self-attention layers':24}{'prefill':>9}{'token':>8}{'of ' + str(r['answer_tokens']):>7}{'encoder':>9}"
            f"{'paper':>7}{'exec.':>8}{'all':>8}"]
     for row in r["rows"]:
-        out.append(f"{row['sa']:24}{giga(row['prefill']):>9}{giga(row['token']):>7}{giga(row['answer']):>7}"
+        out.append(f"{row['sa']:24}{giga(row['prefill']):>9}{giga(row['token']):>8}{giga(row['answer']):>7}"
                    f"{giga(row['total']):>9}{row['saving_paper']:>6.1f}x{row['saving_executed']:>7.1f}x"
                    f"{row['saving_with_encoder']:>7.2f}x")
     out += ["", "paper: LLM prefill, full squares, as the paper counts; exec.: LLM prefill and",
-            "answer, what is executed; all: the same with connector and encoder.", "",
+            "answer, what is executed; all: the same with connector and encoder."]
+    if "router" in r:
+        out.append(f"The router, {giga(r['router']['flops'])}, comes on top: {r['router']['share']:.3%} of a prompt in "
+                   f"layers {r['router']['cheapest']}.")
+    out += ["",
             f"{'memory, 16-bit numbers':24}{'cache, MB':>12}{'largest activation, MB':>26}"]
     out += [f"{row['sa']:24}{row['cache_bytes'] / 1e6:>12,.1f}{row['activation_bytes'] / 1e6:>26,.1f}"
             for row in r["rows"]]

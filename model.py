@@ -213,8 +213,7 @@ class VLM(nn.Module):
         return Cache(self.options(sa), batch, text_room, vision_room, self.config, like.dtype, like.device)
 
     def read(self, batch, sa, cache=None, clock=None):
-        """A data.Batch as a Part that has entered the first layer. sa: as in `options`; the cache's where there is one.
-        """
+        """A data.Batch as a Part before the first layer. sa: as in `options`; with a cache, the cache's count."""
         t, v, t_pos, v_pos = self.embed(batch, clock)
         if sa == "auto" and cache is None:  # the routing token needs the keys and values of what stands before it
             cache = self.new_cache(len(t), sa, t.shape[1] + 1, v.shape[1])
@@ -228,6 +227,8 @@ class VLM(nn.Module):
         with timed(clock, "prefill", part.t_pos.device):
             if sa == "auto":
                 sa = self.route(part, asks, allowed, trace)
+            if len(sa) != len(asks):
+                raise ValueError(f"{len(sa)} configurations for {len(asks)} prompts: give one each")
             groups = by_configuration(sa)
             fork = min(forks([own for own, _ in groups]), default=None)
             rows = [torch.tensor(r, device=part.t_pos.device) for _, r in groups]
@@ -288,8 +289,6 @@ class VLM(nn.Module):
         batch, device = collate(prompts), self.image_newline.device
         if not isinstance(sa, (list, str)):
             sa = [tuple(sa)] * len(prompts)
-        if len(sa) != len(prompts) and sa != "auto":
-            raise ValueError(f"{len(sa)} configurations for {len(prompts)} prompts: give one each")
         room = batch.ids.shape[1] + min(max_tokens, 1024)  # longer answers make the cache grow
         cache = cache or self.new_cache(len(prompts), sa, room, batch.v_pos.shape[1])
         answers, told = [None] * len(prompts), [None] * len(prompts) if routes is None else routes

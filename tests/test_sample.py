@@ -11,7 +11,7 @@ from PIL import Image
 
 import sample
 from data import chatml, encode, picture, place_images, split_shared
-from flops import llm_flops
+from flops import llm_flops, router_flops
 from model import VLM, choose
 from tests import tiny
 
@@ -88,7 +88,40 @@ def test_no_picture_and_dense_default(place, capsys):
 
 def test_auto_without_a_router_runs_the_full_configuration_and_says_so(place, capsys):
     _, out, err = call(capsys, "--model", place / "model", "--q", "hi", "--json", "--max-tokens", 1)
-    assert json.loads(out)["sa"] == [1, 4] and "no router" in err
+    assert json.loads(out)["sa"] == [1, 4] and "no router" in err and "--stage 3" in err
+
+
+def test_auto_asks_the_router_for_each_question(place, capsys):
+    """Each question its own route, as the model gives; a picture is read anew only where routes differ; and a budget."""
+    model = tiny.model(layers=12, visor=False).add_cross_attention(viable=[(1,), (1, 4), (1, 4, 7)]).add_router()
+    for p in model.router.parameters():
+        torch.nn.init.normal_(p)
+    model.save_pretrained(place / "routed")
+    questions = [f"{'abc' * i} what {'x' * (7 * i % 5)}?" for i in range(8)]
+    words = ["--model", place / "routed", "--image", place / "a.png", "--json", "--max-tokens", 3]
+    words += [w for q in questions for w in ("--q", q)]
+    status, out, err = call(capsys, *words)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and "routed to" in err and all(row["routed"] for row in rows)
+    image, ran = picture(Image.open(place / "a.png"), model.config), []
+    for row, question in zip(rows, questions):
+        prompt, routes = encode(chatml([place_images(question, 1)]), model.tokenizer, [image]), []
+        assert row["tokens"] == model.generate([prompt], "auto", max_tokens=3, routes=routes)[0]
+        sa, text, vision = tuple(row["sa"]), row["text_tokens"], row["vision_tokens"]
+        assert sa == routes[0]
+        shared = len(encode(split_shared(chatml([place_images(question, 1)]))[0], model.tokenizer, [image]).ids)
+        start = max([min(set(sa) ^ set(other), default=12) for other in ran], default=0)
+        steps = sum(llm_flops(model.config, sa, 1, 0, text + i, vision) for i in range(len(row["tokens"]) - 1))
+        assert row["flops"]["llm"] == steps + router_flops(model.config, text, vision) + llm_flops(
+            model.config, sa, shared, vision, head=False, layers=range(start, 12)) + llm_flops(
+            model.config, sa, text - shared, 0, shared, vision)
+        ran.append(sa)
+    assert len(set(ran)) >= 2
+    first = rows[ran.index(max(ran, key=len))]
+    share = llm_flops(model.config, (1,), first["text_tokens"], vision) / llm_flops(
+        model.config, range(12), first["text_tokens"], vision)
+    capped = [json.loads(line) for line in call(capsys, *words, "--budget", share + 0.01)[1].splitlines()]
+    assert {tuple(row["sa"]) for row in capped} == {(1,)} and all(row["routed"] for row in capped)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
