@@ -105,12 +105,14 @@ def cross_parameters(c):
 # --- budgets --------------------------------------------------------------------------------------------------------
 
 def within_budget(c, budget, text, vision, dense_vision):
-    """The viable configurations whose prompt costs at most `budget` of dense, the costliest first. Raises ValueError.
+    """The viable configurations whose prompt, router included, costs at most `budget` of dense, the costliest first.
+    Raises ValueError.
 
     Dense has the `dense_vision` visual tokens that the prompt has without packing.
     """
     dense = llm_flops(c, range(c.layers), text, dense_vision)
-    costs = {sa: llm_flops(c, sa, text, vision) / dense for sa in c.viable}
+    router = router_flops(c, text, vision) if c.router else 0
+    costs = {sa: (llm_flops(c, sa, text, vision) + router) / dense for sa in c.viable}
     if not costs:
         raise ValueError("--budget: this checkpoint has no viable configurations; give --sa instead")
     if not vision:  # then all cost the same

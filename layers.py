@@ -335,8 +335,12 @@ class Part:
         self.t_pos, self.v_pos, self.cache = t_pos, v_pos, cache
         self.at = lay_out(t_pos, v_pos, configurations, cache, config, t.dtype)
         self.forks = forks(configurations)
-        self.last = max(config.readers(sa)[1] for sa in configurations)  # nobody reads v after this layer
+        self.lasts = [(sa, config.readers(sa)[1]) for sa in configurations]  # the last layer that reads v in each
         self.streams = {reached: (t, v)}
+
+    def refines(self, sa, l):
+        """Whether layer l of sa is to update v: whether a later layer reads it, in sa or in what may branch off yet."""
+        return any(l < last for own, last in self.lasts if before(own, l + 1) == before(sa, l + 1))
 
     def reached(self, sa, stop):
         """(layer, t, v): how far it has come, up to layer `stop`, in a configuration that agrees with sa so far."""
@@ -398,10 +402,10 @@ class Cache:
             self.kv[key] = KV(*(torch.zeros(shape, dtype=self.dtype, device=self.v_pos.device) for _ in "kv"))
         return self.kv[key]
 
-    def rows(self, index):
-        """A cache of its own for some of the samples, with a copy of what they have so far."""
+    def rows(self, index, below):
+        """A cache of its own for some of the samples, with a copy of what they have so far in the layers < below."""
         new = Cache(self.configurations, 0, *self.room, self.config, self.dtype, self.v_pos.device)
-        new.kv = {key: KV(kv.k[index], kv.v[index]) for key, kv in self.kv.items()}
+        new.kv = {key: KV(kv.k[index], kv.v[index]) for key, kv in self.kv.items() if key[1] < below}
         new.v_pos = self.v_pos[index]
         new.n_text, new.n_vision = ([n[i] for i in index.tolist()] for n in (self.n_text, self.n_vision))
         return new
@@ -414,7 +418,7 @@ class Cache:
         return self.v_pos[:, :top]
 
     def keep(self, part):
-        """What a part (model.Part) has brought stays; other configurations may read it later."""
+        """What a Part has brought stays; other configurations may read it later."""
         self.advance(part.t_pos, part.v_pos)
         if len(self.configurations) > 1:
             self.parts.append(part)

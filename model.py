@@ -105,7 +105,7 @@ class LanguageModel(nn.Module):
                 part.streams[l, before(sa, l)] = t, v
             block, kv = self.layers[l], cache.layer(l, sa) if cache else None
             look = trace.setdefault(l, []) if trace is not None and (l in sa or l in cross) else None
-            if l in sa and l < part.last and l not in rest:                       # Eq. 3, case 1
+            if l in sa and l not in rest and part.refines(sa, l):                 # Eq. 3, case 1
                 v, t = at.part(block(at.join(v, t), at.both, kv, trace=look))
                 if states is not None:
                     states[l] = v
@@ -183,11 +183,12 @@ class VLM(nn.Module):
             if cache is not None or trace is not None:
                 raise ValueError("configurations of their own for each prompt go without cache or trace; see generate")
             parts = self.split(self.read(batch, sa, clock=clock), sa, batch.asks, clock)
-            h = [(rows, self.language_model.finish(part, own)) for rows, own, part in parts]
-            out = h[0][1].new_empty(*batch.ids.shape, self.config.hidden)
-            for rows, part in h:
-                out = out.index_copy(0, rows, part)
-            return out
+            with timed(clock, "prefill", self.image_newline.device):
+                h = [(rows, self.language_model.finish(part, own)) for rows, own, part in parts]
+                out = h[0][1].new_empty(*batch.ids.shape, self.config.hidden)
+                for rows, part in h:
+                    out = out.index_copy(0, rows, part)
+                return out
         t, v, t_pos, v_pos = self.embed(batch, clock)
         with timed(clock, "prefill", t.device):
             return self.language_model(t, v, t_pos, v_pos, sa, cache, trace, states)
@@ -205,7 +206,7 @@ class VLM(nn.Module):
                 raise ValueError('this model has no router: train one with train.py --stage 3, or name a configuration '
                                  'instead of "auto"')
             return self.config.viable
-        return list(dict.fromkeys(tuple(x) for x in sa)) if isinstance(sa, list) else [tuple(sa)]
+        return list(dict.fromkeys(tuple(sorted(x)) for x in (sa if isinstance(sa, list) else [sa])))
 
     def new_cache(self, batch, sa, text_room, vision_room):
         """Room for `text_room` text and `vision_room` visual tokens in each sample. sa: as in `options`."""
@@ -213,7 +214,7 @@ class VLM(nn.Module):
         return Cache(self.options(sa), batch, text_room, vision_room, self.config, like.dtype, like.device)
 
     def read(self, batch, sa, cache=None, clock=None):
-        """A data.Batch as a Part before the first layer. sa: as in `options`; with a cache, the cache's count."""
+        """A data.Batch as a Part before the first layer. sa: as in `options`; a cache knows its own configurations."""
         t, v, t_pos, v_pos = self.embed(batch, clock)
         if sa == "auto" and cache is None:  # the routing token needs the keys and values of what stands before it
             cache = self.new_cache(len(t), sa, t.shape[1] + 1, v.shape[1])
@@ -236,14 +237,18 @@ class VLM(nn.Module):
                 return [(rows[0], groups[0][0], part)]
             if part.cache and part.cache.parts:
                 raise ValueError("a cache that is to be read in several configurations takes one prompt at a time")
-            t, v = self.language_model.run(part, sa[0], stop=fork)
-            reached = fork, before(sa[0], fork)
-            return [(r, own, Part(t[r], v[r], part.t_pos[r], part.v_pos[r], [own], part.cache and part.cache.rows(r),
-                                  self.config, reached)) for (own, _), r in zip(groups, rows)]
+            t, v = self.language_model.run(part, groups[0][0], stop=fork, trace=trace)
+            reached = fork, before(groups[0][0], fork)
+            caches = [part.cache and part.cache.rows(r, fork) for r in rows]
+            return [(r, own, Part(t[r], v[r], part.t_pos[r], part.v_pos[r], [own], cache, self.config, reached))
+                    for (own, _), r, cache in zip(groups, rows, caches)]
 
     def route(self, part, asks, allowed=None, trace=None):
-        """The viable configuration that the router chooses for each sample of a part; of several questions in one
-        prompt, the costliest. allowed: those to choose among (default: all)."""
+        """The viable configuration that the router chooses for each sample of a part.
+
+        Of several questions in one prompt, answered ones included, the costliest choice counts; `ask` judges the newest
+        alone. allowed: those to choose among (default: all).
+        """
         c = self.config
         scores = self.policy(part, asks, trace)
         barred = torch.tensor([allowed is not None and own not in allowed for own in c.viable], device=scores.device)
@@ -265,7 +270,7 @@ class VLM(nn.Module):
         scores = []
         for k in range(max(map(len, asks))):
             pos = torch.tensor([row[min(k, len(row) - 1)] for row in asks], device=part.t_pos.device)[:, None]
-            cache = part.cache.rows(torch.arange(len(asks)))
+            cache = part.cache.rows(torch.arange(len(asks)), c.fork)
             cache.rewind(([a + b for a, b in zip(cache.n_text, (part.t_pos < pos).sum(1).tolist())],
                           [a + b for a, b in zip(cache.n_vision, (part.v_pos < pos).sum(1).tolist())], 0))
             token = self.router.token.expand(len(asks), 1, -1)
@@ -404,7 +409,8 @@ class VLM(nn.Module):
         """A fresh policy over the viable configurations (paper 4.3); nothing else changes. Raises ValueError."""
         c = self.config
         if c.fork is None:
-            raise ValueError("a router chooses among viable configurations: this model has fewer than two")
+            raise ValueError("a router chooses among viable configurations, and this model has fewer than two: train "
+                             "stages 1 and 2 first")
         if not any(l < c.fork for l in (*c.ca, *c.viable[0])):
             raise ValueError(f"a router decides before layer {c.fork}, the first that may be skipped, and no layer "
                              "before that one looks at vision; choose other ca or sa")
@@ -462,8 +468,8 @@ def choose(logits, temperature, top_p, random):
     """The next token of each row of logits (B, vocab): the likeliest, or drawn from the nucleus. Returns (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() - logits.amax(-1, keepdim=True)  # so that no temperature is too low
-    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    logits = logits.float() - logits.amax(-1, keepdim=True)  # so that nothing overflows, however low the temperature
+    p, order = (logits / max(temperature, 1e-30)).softmax(-1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keeps the tokens before which less than top_p has gathered
     return order.gather(-1, torch.multinomial(p, 1, generator=random))[:, 0]
 

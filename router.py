@@ -126,14 +126,15 @@ def subnetworks(sa):
 def viable(config, configurations, records, keep=0.99, text=40, vision=1000):
     """The configurations worth training for, cheapest first.
 
-    A configuration holds a task if it keeps `keep` of the full one's accuracy there. It is viable if it holds at least
-    one task, and no other one that costs less, or as much with a better mean, holds all that it holds.
+    A configuration holds a task if it keeps `keep` of the full one's accuracy there; where that is 0 there is nothing
+    to hold. It is viable if it holds at least one task, and no other one that costs less, or as much with a better
+    mean, holds all that it holds.
     """
     full = accuracy(records, max(range(len(configurations)), key=lambda i: len(configurations[i])))
     rows = []
     for i, sa in enumerate(configurations):
         own = accuracy(records, i)
-        held = {task for task in own if own[task] >= keep * full[task]}
+        held = {task for task in own if own[task] >= keep * full[task] > 0}
         rows.append((llm_flops(config, sa, text, vision), -float(np.mean(list(own.values()))), sa, held))
     rows.sort(key=lambda row: row[:3])
     return tuple(sa for i, (*_, sa, held) in enumerate(rows)
@@ -147,13 +148,17 @@ def log_records(path, model, exam):
     the exam. What the file has already is not done again. Raises ValueError if it is about something else."""
     path, todo = Path(path), batches(exam, model.config)
     sizes = [sum(len(exam[i][1]) for i in numbers) for numbers in todo]
-    weights = 0
+    settings = {**vars(model.config), "router": False, "stage": "", "step": 0}
+    about = {"model": zlib.crc32(json.dumps(settings).encode()), "exam": 0, "questions": sizes}
     for label, p in model.named_parameters():
         if not label.startswith("router."):
-            weights = zlib.crc32(p.detach().float().cpu().numpy().tobytes(), weights)
-    head = json.dumps({"viable": model.config.viable, "weights": weights, "questions": sizes})
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    if lines and lines[0] != head:
+            about["model"] = zlib.crc32(p.detach().float().cpu().numpy().tobytes(), about["model"])
+    for image, asked in exam:
+        about["exam"] = zlib.crc32(image.tobytes() + json.dumps(asked).encode(), about["exam"])
+    head = json.dumps({"viable": model.config.viable, **about})
+    lines = path.read_text().split("\n") if path.is_file() else [""]
+    cut = lines.pop()  # the last line, as far as it was written
+    if lines and lines[0] != head or not lines and not head.startswith(cut):
         raise ValueError(f"{path} is about another model or exam; remove it, or name another file")
     kept, done = 1, 0  # whole batches only: the last one may have been cut short
     while done < len(todo) and kept + sizes[done] <= len(lines):
@@ -197,8 +202,8 @@ def oracle(configurations, record):
 def pseudo_labels(configurations, records, per="task", leave_out=()):
     """[(picture, question, number of the configuration to choose)]. per: "task" (4.3) or "sample" (appendix D).
     leave_out: tasks that the router is not to learn from (appendix G)."""
-    if unknown := set(leave_out) - {r["task"] for r in records}:
-        raise ValueError(f"--leave-out {', '.join(sorted(unknown))}: no such task")
+    if not set(leave_out) < {r["task"] for r in records}:
+        raise ValueError("--leave-out: no task is left to learn from")
     by_task = labels_by_task(configurations, records)
     return [(r["picture"], r["question"], by_task[r["task"]] if per == "task" else oracle(configurations, r))
             for r in records if r["task"] not in leave_out]
@@ -246,11 +251,14 @@ class Report:
         self.config, self.groups = config, groups
         everything = tuple(range(config.layers))
         tiles, plain = (data.tiling(*picture, c) for c in (config, config.unpacked()))
-        self.encoder = tower_flops(config, tiles.tiles) + connector_flops(config, tiles.tiles)
+        self.encoder, self.dense_encoder = (tower_flops(c, t.tiles) + connector_flops(c, t.tiles)
+                                            for c, t in ((config, tiles), (config.unpacked(), plain)))
         self.dense = llm_flops(config, everything, text, plain.tokens)
-        self.cost = {sa: llm_flops(config, sa, text, tiles.tokens) for sa in (*config.viable, everything)}
+        self.cost = {sa: llm_flops(config, sa, text, tiles.tokens) for sa in config.viable}
+        self.labels = labels_by_task(config.viable, records) if config.viable else {}
         self.rows = []
         if dense or not config.viable:
+            self.cost[everything] = self.dense
             self._add("dense", everything, dense or records, [everything], lambda r: 0)
         for i, sa in enumerate(config.viable):
             self._add(name(config, sa), sa, records, config.viable, lambda r, i=i: i)
@@ -264,7 +272,8 @@ class Report:
         tasks = {}
         for r in records:
             tasks.setdefault(r["task"], []).append((choice(r), r["right"][choice(r)]))
-        row = {"name": label, "sa": sa and list(sa), "tasks": {t: float(np.mean([ok for _, ok in x]))
+        encoder = self.dense_encoder if label == "dense" else self.encoder
+        row = {"name": label, "sa": None if sa is None else list(sa), "tasks": {t: float(np.mean([ok for _, ok in x]))
                                                                for t, x in tasks.items()}}
 
         def account(names):
@@ -275,38 +284,35 @@ class Report:
                     shares[configurations[i]] += 1 / len(tasks[t]) / len(names)
             cost = extra + sum(self.cost[own] * share for own, share in shares.items())
             return {"layers": sum(len(own) * share for own, share in shares.items()), "saving": self.dense / cost,
-                    "end_to_end": (self.dense + self.encoder) / (cost + self.encoder),
+                    "end_to_end": (self.dense + self.dense_encoder) / (cost + encoder),
                     "shares": {name(self.config, own): share for own, share in sorted(shares.items())}}
         row["by_task"] = {t: account([t]) for t in tasks}
         row["by_group"] = {g: account(names) for g, names in self.groups.items()}
         row |= {g: float(np.mean([row["tasks"][t] for t in names])) for g, names in self.groups.items()}
         self.rows.append({**row, **account(list(tasks)), "questions": {t: len(x) for t, x in tasks.items()}})
 
-    def text(self, width=80):
-        """The table for the terminal: a line for each task, a column for each row; it fits into `width`."""
-        names = [row["name"].replace("dense", "all") for row in self.rows]
-        cell = max(6, *(len(n) + 1 for n in names))
-        lines = [f"{'layers':<14}" + "".join(f"{n:>{cell}}" for n in names),
-                 f"{'saving':<14}" + "".join(f"{row['saving']:>{cell - 1}.2f}x" for row in self.rows)]
+    def text(self):
+        """The table for the terminal: a line for each task, a column for each row."""
+        lines = [["layers", *(row["name"].replace("dense", "all") for row in self.rows)],
+                 ["saving", *(f"{row['saving']:.2f}x" for row in self.rows)]]
         for group, tasks in self.groups.items():
-            lines.append("")
-            lines += [f"{task:<14}" + "".join(f"{row['tasks'][task]:>{cell}.3f}" for row in self.rows)
-                      for task in tasks]
-            lines.append(f"{group.upper() + ' mean':<14}" + "".join(f"{row[group]:>{cell}.3f}" for row in self.rows))
-        return "\n".join(line[:width] for line in lines)
+            lines += [[]] + [[task, *(f"{row['tasks'][task]:.3f}" for row in self.rows)] for task in tasks]
+            lines.append([group.upper() + " mean", *(f"{row[group]:.3f}" for row in self.rows)])
+        return columns(lines)
 
     def routes(self):
-        """What the router did with each task: layers, savings, and the configurations chosen, in per cent."""
+        """What the router did with each task: layers, savings, and the configurations chosen, in per cent; * where the
+        rule for pseudo-labels would have sent these questions."""
         row = next(r for r in self.rows if r["name"] == "router")
         own = [name(self.config, sa) for sa in self.config.viable]
-        cell = max(6, *(len(n) + 1 for n in own))
-        lines = [f"{'routed to, %':<14}" + "".join(f"{n:>{cell}}" for n in own) + "  layers    LLM  in all"]
+        lines = [["routed to, %", "layers", "LLM", "in all", *own]]
         for group, tasks in self.groups.items():
             for label, x in [*((t, row["by_task"][t]) for t in tasks), (group.upper(), row["by_group"][group])]:
-                shares = [f"{100 * x['shares'].get(n, 0):.0f}" if n in x["shares"] else "." for n in own]
-                lines.append(f"{label:<14}" + "".join(f"{s:>{cell}}" for s in shares)
-                             + f"{x['layers']:>8.2f}{x['saving']:>6.2f}x{x['end_to_end']:>6.2f}x")
-        return "\n".join(lines)
+                shares = [f"{100 * x['shares'][n]:.0f}" if n in x["shares"] else "." for n in own]
+                if label in self.labels:
+                    shares[self.labels[label]] += "*"
+                lines.append([label, f"{x['layers']:.2f}", f"{x['saving']:.2f}x", f"{x['end_to_end']:.2f}x", *shares])
+        return columns(lines) + "\n* the pseudo-label of these questions"
 
     def save(self, path):
         Path(path).write_text(json.dumps({"groups": self.groups, "rows": self.rows}, indent=1) + "\n")
@@ -357,6 +363,15 @@ class Report:
         plt.close(figure)
 
 
+def columns(lines, first=14, width=80):
+    """Lines of cells as text: the first left, the others right-aligned; what does not fit goes into a block below."""
+    cell = max(6, *(len(x) + 1 for line in lines for x in line[1:]))
+    n = (width - first) // cell
+    blocks = range(1, max(map(len, lines)), n)
+    return "\n\n".join("\n".join("".join([f"{line[0]:<{first}}", *(f"{x:>{cell}}" for x in line[i:i + n])])
+                                  if line else "" for line in lines) for i in blocks)
+
+
 def heat(axes, values, rows, columns):
     """A heat map of values (rows, columns) from 0 to 1, with the numbers in it."""
     axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -380,7 +395,7 @@ def parse(argv=None):
     p.add_argument("--search", action="store_true", help="examine sub-networks of a model trained with all its "
                    "candidates, draw a heat map, and write the viable ones into the model's config.json")
     p.add_argument("--label", metavar="FILE", help="examine all viable configurations on a training subset, write a "
-                   "line for each question to FILE.jsonl, and print the pseudo-labels; goes on where it was stopped")
+                   "line for each question to FILE, and print the pseudo-labels; goes on where it was stopped")
     p.add_argument("--report", action="store_true", help="accuracy, savings and choices of the router, by task")
     p.add_argument("--model", metavar="DIR", help="(default: nano, the one beside this script)")
     p.add_argument("--exam", type=int, default=250, metavar="N", help="questions a task (default: 250)")
@@ -404,6 +419,12 @@ def main(argv=None):
     import toy
     from model import VLM
     from train import DENSE, GROUPS, USUAL
+    if args.out:
+        try:
+            import matplotlib  # before the work, not after it
+            matplotlib.use("Agg")
+        except ImportError:
+            raise ValueError("--out needs matplotlib: pip install matplotlib") from None
     if args.threads:
         torch.set_num_threads(args.threads)
     directory = Path(args.model or DENSE.parent)
@@ -412,7 +433,7 @@ def main(argv=None):
     if not c.sa:
         raise ValueError(f"{directory} is a dense model: train stages 1 and 2 first")
     if args.search:
-        search(model, directory, toy.exam(args.seed, args.exam), GROUPS, args)
+        search(model, directory, toy.exam(args.seed, args.exam, toy.TRAIN), GROUPS, args)
     elif args.label:
         records = log_records(args.label, model, toy.exam(args.seed, args.exam, toy.TRAIN))
         for task, i in labels_by_task(c.viable, records, args.keep).items():
@@ -431,26 +452,26 @@ def search(model, directory, exam, groups, args):
     c = model.config
     if c.router:
         raise ValueError(f"{directory} has a router, which knows its viable configurations only; search before stage 3")
-    configurations = subnetworks(c.sa)
-    records = all_records(model, exam, configurations)
-    full, tasks = accuracy(records, len(configurations) - 1), [t for names in groups.values() for t in names]
-    own = [accuracy(records, i) for i in range(len(configurations))]
-    share = np.array([[x[t] / max(full[t], 1e-9) for t in tasks] for x in own])
-    found = viable(c, configurations, records, args.keep)
-    print(f"{'layers':<14}" + "".join(f"{t[:6]:>7}" for t in tasks))
-    for sa, row in zip(configurations, share):
-        print(f"{name(c, sa):<12}{'* ' if sa in found else '  '}" + "".join(f"{x:>7.2f}" for x in row))
-    if args.out:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-        figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(configurations)), constrained_layout=True)
-        heat(axes, share, [name(c, sa) + (" *" if sa in found else "") for sa in configurations], tasks)
-        axes.set_title(f"accuracy relative to {name(c, configurations[-1])}; * viable")
-        figure.savefig(args.out, dpi=90)
+    tried, tasks = subnetworks(c.sa), [t for names in groups.values() for t in names]
+    records = all_records(model, exam, tried)
+    own, names = [accuracy(records, i) for i in range(len(tried))], [name(c, sa) for sa in tried]
+    share = np.array([[x[t] / own[-1][t] if own[-1][t] else 0.0 for t in tasks] for x in own])
+    found = viable(c, tried, records, args.keep)
+    stars = [label + "*" * (sa in found) for sa, label in zip(tried, names)]
+    print(columns([["layers", *stars], *([t, *(f"{x:.2f}" for x in row)] for t, row in zip(tasks, share.T))]))
+    if len(found) < 2:
+        raise ValueError(f"{directory}: {len(found)} viable configurations, nothing to choose from; train it longer")
     c.viable = found
-    (directory / "config.json").write_text(c.to_json())
-    print(f"{directory}/config.json: {len(found)} viable configurations", file=sys.stderr)
+    beside = directory / "config.json.writing"
+    beside.write_text(c.to_json())
+    beside.replace(directory / "config.json")
+    print(f"{directory}/config.json: {len(found)} viable configurations, marked *", file=sys.stderr)
+    if args.out:
+        from matplotlib import pyplot as plt
+        figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(tried)), constrained_layout=True)
+        heat(axes, share, stars, tasks)
+        axes.set_title(f"accuracy relative to {names[-1]}; * viable")
+        figure.savefig(args.out, dpi=90)
 
 
 if __name__ == "__main__":

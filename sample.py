@@ -24,8 +24,8 @@ def parse(argv=None):
                    "(default: nano, the one beside this script)")
     p.add_argument("--sa", default="auto", metavar="LAYERS", help="self-attention layers to run: auto, dense, none, or "
                    "numbers such as 1,4,7 (default: auto)")
-    p.add_argument("--budget", type=float, metavar="F", help="run the costliest viable configuration whose prompt "
-                   "costs at most F of the dense language model's")
+    p.add_argument("--budget", type=float, metavar="F", help="run no viable configuration whose prompt costs more "
+                   "than F of the dense language model's; without a router, the costliest that fits")
     p.add_argument("--pack", type=float, metavar="R", help="pack the visual tokens of each tile to about 1/R of them")
     p.add_argument("--max-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")

@@ -110,8 +110,9 @@ def word_loss(model, v, truth):
 class Quilts:
     """Batches of conversations about toy.py's quilts; batch i is the same whenever it is asked for."""
 
-    def __init__(self, model, seed, batch_size, turns=10, words=0.0):
-        self.model, self.seed, self.batch_size, self.turns, self.words = model, seed, batch_size, turns, words
+    def __init__(self, model, seed, batch_size, turns=10, words=0.0, rest_from=0):
+        self.model, self.seed, self.batch_size, self.turns = model, seed, batch_size, turns
+        self.words, self.rest_from = words, rest_from
         self.vocabulary = model.tokenizer.get_vocab()
 
     def __getitem__(self, i):
@@ -134,24 +135,27 @@ class Quilts:
     def loss(self, item, sa, step):
         """The loss of one batch in configuration sa.
 
-        words: the weight of what visual tokens say, stage 0's auxiliary loss: the connector's output is to say the
-        words of level 0, and what the first, second, third self-attention candidate makes of it those of level 1, 2, 3.
-        With it goes stochastic depth (Huang et al. 2016) for visual tokens: in one step of two they rest in all other
-        layers, else in each with a probability drawn for the step. What a layer has learned is not to depend on all
-        those before it, as in large models.
+        words: the weight of what visual tokens say, stage 0's auxiliary loss. The pictures run once more, without the
+        questions: the connector's output is to say the words of level 0, and what the first, second, third
+        self-attention candidate makes of it those of level 1, 2, 3. Meanwhile visual tokens rest in the other layers,
+        in all of them in one step of two, else in each with probability 1/2 (stochastic depth, Huang et al. 2016).
+        From step rest_from on something like it goes for the questions: a share of the layers is drawn, and of those
+        in it the ones that will have no attention to vision in VISOR run on text alone; in those that will have a
+        cross-attention visual tokens rest. What a layer has learned is not to depend on all those before it, and text
+        is not to look at the picture everywhere: large models are like this by themselves (paper, section 3).
         """
         batch, labels, pictures = item
-        model, states, rest = self.model, {}, ()
+        model, rng, n = self.model, np.random.default_rng((self.seed, step)), self.model.config.layers
         t, v, t_pos, v_pos = model.embed(batch)
+        tired = ()
+        if self.words and step >= self.rest_from:
+            drawn = [l for l, x in enumerate(rng.random(n) < rng.random()) if x and l not in toy.SA]
+            sa, tired = [l for l in sa if l not in drawn or l in toy.CA], [l for l in drawn if l in toy.CA]
+        loss = answer_loss(model, model.language_model(t, v, t_pos, v_pos, tuple(sa), rest=tired), labels)
         if self.words:
-            rng = np.random.default_rng((self.seed, step))
-            runs = rng.random(model.config.layers) < rng.random() * (rng.random() < 0.5)
-            rest = [l for l in range(model.config.layers) if not runs[l] and l not in toy.SA]
-        h = model.language_model(t, v, t_pos, v_pos, sa, states=states, rest=rest)
-        loss = answer_loss(model, h, labels)
-        if self.words:
-            states[-1] = v
-            truth = torch.zeros(())
+            states, truth = {-1: v}, torch.zeros(())
+            tired = [l for l, x in enumerate(rng.random(n) < rng.choice([0.5, 1.0])) if x and l not in toy.SA]
+            model.language_model(t[:, :2], v, t_pos[:, :2], v_pos, range(n), states=states, rest=tired)  # 2 before it
             for level, l in enumerate((-1, *toy.SA)):
                 truth = truth.maximum(self.truth(pictures, level))
                 loss = loss + self.words * word_loss(model, states[l][:, toy.CELL_TOKENS], truth)
@@ -204,7 +208,7 @@ def newest(out, stages):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 RECIPES = {  # of the miniature; batches of pictures with 10 questions or 30 short ones each, in stage 3 of questions
-    0: dict(batch_size=24, steps=3000, lr=0.015, warmup=50, flat=0.6, words=1.0),
+    0: dict(batch_size=24, steps=3200, lr=0.015, warmup=50, flat=0.6, words=1.0, rest_from=0),
     1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, flat=0.5),
     2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, flat=0.5),
     3: dict(batch_size=128, steps=300, lr=0.03, warmup=20, flat=0.5, quilts=250, labels="task", leave_out=()),
@@ -222,7 +226,7 @@ def draw(viable, seed, step):
 def lessons(model, stage, out, s):
     """What a stage learns from: batches by number, and their loss. For stage 3 the pseudo-labels are made first."""
     if stage < 3:
-        return Quilts(model, s["seed"], s["batch_size"], s["turns"], s.get("words", 0.0))
+        return Quilts(model, s["seed"], s["batch_size"], s["turns"], s.get("words", 0.0), s.get("rest_from", 0))
     exam = toy.exam(s["seed"], s["quilts"], toy.TRAIN)
     records = router.log_records(out / "labels.jsonl", model, exam)
     targets = router.pseudo_labels(model.config.viable, records, s["labels"], s["leave_out"])
@@ -303,8 +307,8 @@ def parse(argv=None):
                epilog="Stage 0 takes about 33 minutes on one core, the others about 9 together.")
     p.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="0 dense pretraining, 1 the new cross-attentions "
                    "alone, 2 everything, universal, 3 the router")
-    p.add_argument("--model", metavar="NAME", help="what a stage starts from (default: the newest earlier stage in "
-                   "--out, else nano/dense)")
+    p.add_argument("--model", metavar="NAME", help="what the (first) stage starts from (default: the newest earlier "
+                   "stage in --out, else nano/dense, for stage 3 nano)")
     p.add_argument("--data", default="toy", choices=("toy",), help="toy: the quilts of toy.py (default)")
     p.add_argument("--out", default="out", metavar="DIR", help="checkpoints, log.jsonl, table.json, table.png "
                    "(default: out)")
@@ -316,12 +320,14 @@ def parse(argv=None):
                    "for the router, is a tenth of it")
     p.add_argument("--words", type=float, metavar="X", help="weight of the words that visual tokens say (default: 1 in "
                    "stage 0, else 0)")
+    p.add_argument("--rest-from", type=int, metavar="N", help="stage 0: from which step on visual tokens rest in some "
+                   "layers while questions are answered (default: 3200)")
     p.add_argument("--viable", action="append", metavar="LAYERS", help="a configuration to train: none or 4,7; may be "
                    f"given several times (default: {' '.join(','.join(map(str, v)) or 'none' for v in toy.VIABLE)})")
     p.add_argument("--labels", choices=("task", "sample"), help="stage 3: what the router is to choose, per task as "
                    "the paper (default), or the oracle's choice per sample")
-    p.add_argument("--leave-out", action="append", metavar="TASK", help="stage 3: a task that the router does not "
-                   "learn from; may be given several times")
+    p.add_argument("--leave-out", action="append", metavar="TASK", choices=list(toy.TASKS), help="stage 3: a "
+                   "task that the router does not learn from; may be given several times")
     p.add_argument("--save-every", type=int, default=200, metavar="N", help="steps between checkpoints (default: 200)")
     p.add_argument("--exam", type=int, default=250, metavar="N", help="held-out questions a task for the table "
                    "(default: 250)")
@@ -337,11 +343,13 @@ def parse(argv=None):
     return args
 
 
-def start(stage, args, out):
-    """The model that a stage begins with."""
-    if stage == 0 and not args.model:
+def start(stage, name, args, out):
+    """The model that a stage begins with. name: of a checkpoint, or None."""
+    if stage == 0 and not name:
         return fresh(args.seed)
-    model = VLM.from_pretrained(args.model or newest(out, range(stage)) or DENSE)
+    nano = name == "nano" and not Path("nano/config.json").is_file()
+    model = VLM.from_pretrained(DENSE.parent if nano else name or newest(out, range(stage))
+                                or (DENSE.parent if stage == 3 else DENSE))
     if stage == 3:
         torch.manual_seed(args.seed)
         return model.add_router()
@@ -364,13 +372,14 @@ def main(argv=None):
             model = VLM.from_pretrained(checkpoint)
             settings = json.loads((checkpoint / "state.json").read_text())
         else:
-            model = start(stage, args, out)
-            flags = ("steps", "batch_size", "lr", "words", "labels", "leave_out")
+            model = start(stage, args.model if stage == stages[0] else None, args, out)
+            flags = ("steps", "batch_size", "lr", "words", "rest_from", "labels", "leave_out")
             given = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
             settings = {**RECIPES[stage], **given, "seed": args.seed, "turns": args.turns,
                         "save_every": args.save_every}
             if stage in (1, 2) and args.viable:
-                model.config.viable = tuple(model.config.configuration(v) for v in args.viable)
+                c = model.config
+                c.viable = c.visor_layers(c.ca, c.sa, [c.configuration(v) for v in args.viable])[2]
         if not (checkpoint and settings["step"] == settings["steps"]):
             model = train(model, stage, out, settings, checkpoint)
     report(model, args, out)

@@ -40,18 +40,16 @@ def main(argv=None):
     p.add_argument("--exam", type=int, default=1000, metavar="N", help="questions a task and seed (default: 1000)")
     p.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0, 1, 2)")
     args = p.parse_args(argv)
-    dense, visor, rows = VLM.from_pretrained(train.DENSE), VLM.from_pretrained(ROOT / "nano"), []
-    c = visor.config
+    dense, visor = VLM.from_pretrained(train.DENSE), VLM.from_pretrained(ROOT / "nano")
+    c, rows, everything = visor.config, [], ([], [])
     for seed in args.seed or (0, 1, 2):
         exam = toy.exam(seed, args.exam)
-        report = Report(c, all_records(visor, exam, c.viable), train.GROUPS, *train.USUAL,
-                        all_records(dense, exam, [tuple(range(c.layers))]))
-        rows.append([dict(row) for row in report.rows])
+        records = all_records(visor, exam, c.viable), all_records(dense, exam, [tuple(range(c.layers))])
+        rows.append(Report(c, records[0], train.GROUPS, *train.USUAL, records[1]).rows)
+        for so_far, more in zip(everything, records):
+            so_far += more
     text, spread = table(rows)
-    for i, row in enumerate(report.rows):  # the picture shows the means
-        row["tasks"] = {t: statistics.mean(seed[i]["tasks"][t] for seed in rows) for t in toy.TASKS}
-        row.update({g: statistics.mean(seed[i][g] for seed in rows) for g in train.GROUPS})
-    report.draw(ROOT / "assets" / "miniature.png")
+    Report(c, everything[0], train.GROUPS, *train.USUAL, everything[1]).draw(ROOT / "assets" / "miniature.png")
     (ROOT / "paper" / "results" / "miniature.json").write_text(json.dumps(
         {"command": "python -m paper.miniature", "seeds": args.seed or [0, 1, 2], "rows": rows}, indent=1) + "\n")
     print(f"{text}\n\nLargest difference of any number between two of the seeds: {spread:.3f}.")

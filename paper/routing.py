@@ -6,6 +6,7 @@ Three routers with different seeds, each with labels, training and an examinatio
 and three that do not learn from three of the tasks. Writes paper/results/routing.json and prints the README's tables.
 """
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -22,15 +23,20 @@ LEFT_OUT = ("colour", "value", "updated row")  # as GQA, DocVQA and one more in 
 
 
 def experiment(seed, left_out, args):
-    """The rows of a report about a router trained with this seed."""
-    out = Path(args.out) / f"seed-{seed}{'-left-out' if left_out else ''}"
+    """The rows of a report about a router trained with this seed, kept in rows.json."""
+    out = Path(args.out) / f"seed-{seed}-{args.exam}{'-left-out' if left_out else ''}"
+    if (out / "rows.json").is_file():
+        return json.loads((out / "rows.json").read_text())
+    shutil.rmtree(out, ignore_errors=True)
     model = VLM.from_pretrained(ROOT / "nano").remove_router()
     torch.manual_seed(seed)
     model.add_router()
     settings = {**train.RECIPES[3], "seed": seed, "turns": 10, "save_every": 10**9, "leave_out": left_out}
     model = train.train(model, 3, out, settings)
     records = router.all_records(model, toy.exam(seed, args.exam), model.config.viable)
-    return router.Report(model.config, records, train.GROUPS, *train.USUAL).rows
+    rows = router.Report(model.config, records, train.GROUPS, *train.USUAL).rows
+    (out / "rows.json").write_text(json.dumps(rows))
+    return rows
 
 
 def cell(values, digits=3):
@@ -88,7 +94,8 @@ def main(argv=None):
     results = {label: [experiment(seed, left_out, args) for seed in args.seed or (0, 1, 2)]
                for label, left_out in (("all tasks", ()), ("three left out", LEFT_OUT))}
     (ROOT / "paper" / "results" / "routing.json").write_text(json.dumps(
-        {"command": "python -m paper.routing", "left_out": LEFT_OUT, "results": results}, indent=1) + "\n")
+        {"command": "python -m paper.routing", "seeds": args.seed or [0, 1, 2], "questions": args.exam,
+         "left_out": LEFT_OUT, "results": results}, indent=1) + "\n")
     print(tables(results))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import data
 import flops
 import router
 import toy
@@ -144,7 +145,7 @@ def test_a_conversation_may_change_its_route():
 
 
 def test_the_policy_sees_what_stands_before_it_and_nothing_else():
-    """Scores of each question of a conversation: those of the conversation cut off there, whatever else is in the batch;
+    """Scores of each question of a conversation: those of the conversation cut off there, whoever else is in the batch;
     the costliest of the choices counts."""
     m = model(4)
     prompts = prompts_of(m, 6, turns=3) + prompts_of(m, 3, seed=1)
@@ -293,6 +294,10 @@ def test_killed_and_resumed_labelling_gives_the_same_file(small, tmp_path, monke
         assert router.log_records(tmp_path / "b.jsonl", m, exam) == records
         assert (tmp_path / "b.jsonl").read_bytes() == whole
     monkeypatch.undo()
+    (tmp_path / "mine.txt").write_text("precious")
+    for path, other in ((tmp_path / "mine.txt", exam), (tmp_path / "a.jsonl", toy.exam(1, 4))):
+        with pytest.raises(ValueError, match="another model or exam"):
+            router.log_records(path, m, other)
     for other in (m, train.fresh(3).add_cross_attention(toy.CA, toy.SA, toy.VIABLE)):
         with pytest.raises(ValueError, match="another model or exam"):
             router.log_records(tmp_path / "a.jsonl", other, exam[:5] if other is m else exam)
@@ -313,8 +318,8 @@ def test_labels_by_task_take_the_fewest_layers_that_hold_then_the_lowest_loss():
     assert router.labels_by_task(CONFIGURATIONS, rows) == {"a": 2, "b": 3, "c": 4}
     assert router.labels_by_task(CONFIGURATIONS, rows, keep=0.98)["c"] == 3
     assert {x[2] for x in router.pseudo_labels(CONFIGURATIONS, rows, leave_out=["a", "b"])} == {4}
-    with pytest.raises(ValueError, match="no such task"):
-        router.pseudo_labels(CONFIGURATIONS, rows, leave_out=["nothing"])
+    with pytest.raises(ValueError, match="no task is left"):
+        router.pseudo_labels(CONFIGURATIONS, rows, leave_out=["a", "b", "c"])
 
 
 def test_oracle_takes_most_matches_then_fewest_layers():
@@ -327,7 +332,7 @@ def test_viable_configurations_hold_something_that_no_cheaper_one_holds():
     c = Config(layers=12, ca=(2, 5, 8, 11), sa=(4, 7, 10))
     rows = [record("easy", [1, 1, 1, 1, 1]), record("hard", [0, 0, 1, 1, 1]), record("hardest", [0, 0, 0, 0, 1])]
     assert router.viable(c, CONFIGURATIONS, rows) == ((), (7,), (4, 7, 10))
-    rows = [record("easy", [0, 1, 1, 1, 1]), record("other", [0, 1, 0, 1, 1])]
+    rows = [record("easy", [0, 1, 1, 1, 1]), record("other", [0, 1, 0, 1, 1]), record("never", [0, 0, 0, 0, 0])]
     assert router.viable(c, CONFIGURATIONS, rows) == ((4,),)
 
 
@@ -357,6 +362,24 @@ def test_report_adds_up():
     assert rows["router"]["end_to_end"] == pytest.approx(4 * (dense + encoder) / (sum(cost) + 4 * encoder))
     assert rows["oracle"]["by_task"]["b"]["shares"] == {"4,7": 0.5, "4,7,10": 0.5}
     assert all(len(line) <= 80 for line in (table.text() + "\n" + table.routes()).splitlines())
+    chosen = {line[:14].strip(): line.split()[4:] for line in table.routes().splitlines()}
+    assert chosen["a"] == ["50", "50*", ".", ".", "."] and chosen["b"] == [".", ".", ".", ".*", "100"]
+
+
+def test_columns_that_do_not_fit_go_below():
+    cells = [["layers", *map(str, range(14))], [], ["task", *(f"{i / 14:.3f}" for i in range(14))]]
+    text = router.columns(cells)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert [w for line in text.splitlines() if line.startswith("layers") for w in line.split()[1:]] == cells[0][1:]
+
+
+def test_packed_dense_is_not_what_savings_are_measured_by():
+    c = Config(**{**vars(toy.config()), "ca": toy.CA, "sa": toy.SA, "viable": ((), (4,)), "pack": 4.0})
+    records = [record("a", [1, 1])]
+    rows = router.Report(c, records, {"all": ["a"]}, 9, (72, 72), [record("a", [1])]).rows
+    assert rows[0]["name"] == "dense" and rows[0]["saving"] == rows[0]["end_to_end"] == 1
+    packed = data.tiling(72, 72, c).tokens
+    assert rows[1]["saving"] == flops.llm_flops(c.unpacked(), range(12), 9, 51) / flops.llm_flops(c, (), 9, packed)
 
 
 # --- training and the command line ----------------------------------------------------------------------------------
@@ -436,13 +459,19 @@ def test_stage_3_learns_labels_that_depend_on_the_words(visor):
     assert (chosen == wanted).float().mean() > 0.95
 
 
-def test_search_writes_the_viable_ones(visor, tmp_path, capsys):
+def test_search_writes_the_viable_ones(visor, tmp_path, monkeypatch, capsys):
     VLM.from_pretrained(visor).save_pretrained(tmp_path / "m")
-    assert call(router.main, "--search", "--model", tmp_path / "m", "--exam", 3, "--out", tmp_path / "h.png") == 0
+    words = ["--search", "--model", tmp_path / "m", "--exam", 3, "--out", tmp_path / "h.png"]
+    before = (tmp_path / "m/config.json").read_text()
+    assert call(router.main, *words) == 2 and "train it longer" in capsys.readouterr().err  # it can do nothing
+    assert (tmp_path / "m/config.json").read_text() == before
+    monkeypatch.setattr(router, "accuracy", lambda records, i: {t: (i + 1) / 8 for t in toy.TASKS} | {"exist": 1.0})
+    assert call(router.main, *words) == 0
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 9 and "config.json" in err and (tmp_path / "h.png").stat().st_size > 5000
-    starred = [line.split()[0] for line in out.splitlines() if "*" in line]
-    assert [flops.name(toy.config(), sa) for sa in VLM.from_pretrained(tmp_path / "m").config.viable] == starred
+    assert "config.json" in err and (tmp_path / "h.png").stat().st_size > 5000
+    starred = [word[:-1] for word in out.split() if word.endswith("*")]
+    assert starred == ["none", "4,7,10"] and all(len(line) <= 80 for line in out.splitlines())
+    assert VLM.from_pretrained(tmp_path / "m").config.viable == ((), (4, 7, 10))
 
 
 def test_label_prints_what_it_chose(visor, tmp_path, capsys):
