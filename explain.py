@@ -43,7 +43,9 @@ def draw(path, images, pictures, v_pos, config, report, trace):
     left = MARGIN + 520 + 2 * GAP
     strip(pen, left, top, WIDTH - MARGIN - left, config, report["sa"])
     flops = report["flops"]
-    facts = [f"Language model: {flops['saving']:.1f}x fewer operations than dense",
+    saving = flops["saving"]
+    less = f"{saving:.1f}x fewer" if saving >= 1 else f"{1 / saving:.1f}x more"  # where the picture was read again
+    facts = [f"Language model: {less} operations than dense",
              f"{flops['llm'] / 1e9:,.4g} instead of {flops['llm_dense'] / 1e9:,.4g} GFLOP; "
              f"the vision encoder takes {flops['encoder'] / 1e9:,.4g}",
              f"{report['text_tokens']} text and {report['vision_tokens']:,} visual tokens, "

@@ -194,10 +194,12 @@ def summary(report):
     """Two lines for people: what it cost and what it took."""
     s, n = report["seconds"], len(report["tokens"])
     rate = f" ({n / s['decode']:.1f} tokens/s)" if s["decode"] else ""
-    layers = ",".join(map(str, report["sa"])) or "none"
+    layers, saving = ",".join(map(str, report["sa"])) or "none", report["flops"]["saving"]
+    # a question that takes another way than those before it has the pictures read for that way; dense has read them
+    less = f"{saving:.3g}x less" if saving >= 1 else f"{1 / saving:.3g}x more"
     return (f"{'routed to' if report['routed'] else 'ran'} --sa {layers}; {report['text_tokens']} text + "
             f"{report['vision_tokens']:,} visual tokens; language model\n{report['flops']['llm'] / 1e9:,.4g} GFLOP, "
-            f"{report['flops']['saving']:.3g}x less than dense; encoder {s['encoder']:.2f} s, "
+            f"{less} than dense; encoder {s['encoder']:.2f} s, "
             f"prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}")
 
 

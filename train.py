@@ -137,9 +137,9 @@ class Quilts:
 
         words: the weight of what visual tokens say, stage 0's auxiliary loss. The pictures run once more, without the
         questions: the connector's output is to say the words of level 0, and what the first, second, third
-        self-attention candidate makes of it those of level 1, 2, 3. Meanwhile visual tokens rest in the other layers,
-        in all of them in one step of two, else in each with probability 1/2 (stochastic depth, Huang et al. 2016).
-        From step rest_from on something like it goes for the questions: a share of the layers is drawn, and of those
+        self-attention candidate makes of it those of level 1, 2, 3. Meanwhile visual tokens rest in each other layer
+        with probability 1/2 (stochastic depth, Huang et al. 2016), and from step rest_from on, every other time, in all
+        of them. From then on something like it goes for the questions too: a share of the layers is drawn, and of those
         in it the ones that will have no attention to vision in VISOR run on text alone; in those that will have a
         cross-attention visual tokens rest. What a layer has learned is not to depend on all those before it, and text
         is not to look at the picture everywhere: large models are like this by themselves (paper, section 3).
@@ -147,14 +147,15 @@ class Quilts:
         batch, labels, pictures = item
         model, rng, n = self.model, np.random.default_rng((self.seed, step)), self.model.config.layers
         t, v, t_pos, v_pos = model.embed(batch)
-        tired = ()
-        if self.words and step >= self.rest_from:
+        tired, late = (), step >= self.rest_from
+        if self.words and late:
             drawn = [l for l, x in enumerate(rng.random(n) < rng.random()) if x and l not in toy.SA]
             sa, tired = [l for l in sa if l not in drawn or l in toy.CA], [l for l in drawn if l in toy.CA]
         loss = answer_loss(model, model.language_model(t, v, t_pos, v_pos, tuple(sa), rest=tired), labels)
         if self.words:
             states, truth = {-1: v}, torch.zeros(())
-            tired = [l for l, x in enumerate(rng.random(n) < rng.choice([0.5, 1.0])) if x and l not in toy.SA]
+            share = rng.choice([0.5, 1.0]) if late else 0.5
+            tired = [l for l, x in enumerate(rng.random(n) < share) if x and l not in toy.SA]
             model.language_model(t[:, :2], v, t_pos[:, :2], v_pos, range(n), states=states, rest=tired)  # 2 before it
             for level, l in enumerate((-1, *toy.SA)):
                 truth = truth.maximum(self.truth(pictures, level))
@@ -208,10 +209,10 @@ def newest(out, stages):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 RECIPES = {  # of the miniature; batches of pictures with 10 questions or 30 short ones each, in stage 3 of questions
-    0: dict(batch_size=24, steps=3200, lr=0.015, warmup=50, flat=0.6, words=1.0, rest_from=0),
+    0: dict(batch_size=24, steps=4200, lr=0.015, warmup=50, flat=0.6, words=1.0, rest_from=3200),
     1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, flat=0.5),
     2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, flat=0.5),
-    3: dict(batch_size=128, steps=300, lr=0.03, warmup=20, flat=0.5, quilts=250, labels="task", leave_out=()),
+    3: dict(batch_size=128, steps=300, lr=0.03, warmup=20, flat=0.5, quilts=500, labels="task", leave_out=()),
 }
 
 
@@ -304,7 +305,7 @@ def fresh(seed):
 
 def parse(argv=None):
     p = Parser(description="Train the miniature: without --stage, stages 1 to 3 from nano/dense, then the table.",
-               epilog="Stage 0 takes about 33 minutes on one core, the others about 9 together.")
+               epilog="Stage 0 takes about 42 minutes on one core, the others about 11 together.")
     p.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="0 dense pretraining, 1 the new cross-attentions "
                    "alone, 2 everything, universal, 3 the router")
     p.add_argument("--model", metavar="NAME", help="what the (first) stage starts from (default: the newest earlier "
@@ -320,8 +321,8 @@ def parse(argv=None):
                    "for the router, is a tenth of it")
     p.add_argument("--words", type=float, metavar="X", help="weight of the words that visual tokens say (default: 1 in "
                    "stage 0, else 0)")
-    p.add_argument("--rest-from", type=int, metavar="N", help="stage 0: from which step on visual tokens rest in some "
-                   "layers while questions are answered (default: 3200)")
+    p.add_argument("--rest-from", type=int, metavar="N", help="stage 0: from which step on layers rest while questions "
+                   "are answered (default: 3200)")
     p.add_argument("--viable", action="append", metavar="LAYERS", help="a configuration to train: none or 4,7; may be "
                    f"given several times (default: {' '.join(','.join(map(str, v)) or 'none' for v in toy.VIABLE)})")
     p.add_argument("--labels", choices=("task", "sample"), help="stage 3: what the router is to choose, per task as "

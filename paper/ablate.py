@@ -1,7 +1,7 @@
 """The paper's Tables 3 and 4 on the miniature: how many self-attention layers; one universal model, or many.
 
     python -m paper.ablate               every run of three seeds that is not in out/ablate yet, then the tables
-    python -m paper.ablate --only none   those runs alone; two processes can share the work
+    python -m paper.ablate --only "none alone" --seed 1   these alone; two processes can share the work
     python -m paper.ablate --report      the tables of what is there, and paper/results/ablate.json
 
 Each run is stage 1 and stage 2 of train.py from the same dense model, with another set of configurations, number of
@@ -41,13 +41,14 @@ def experiment(name, seed, args):
             model = train.train(model, stage, out, settings)
         records = router.all_records(model, toy.exam(seed, args.exam), configurations)
         rows = router.Report(model.config, records, train.GROUPS, *train.USUAL).rows
+        rows = [{key: row[key] for key in ("sa", "saving", *train.GROUPS, "tasks")} for row in rows]
         (out / "row.json").write_text(json.dumps({"run": name, "seed": seed, "steps": STEPS * times, "rows": rows}))
     return json.loads((out / "row.json").read_text())
 
 
 def tables(rows, dense):
-    """Two markdown tables from the rows of all runs; dense: the row of the dense model."""
-    seeds = sorted({row["seed"] for row in rows})
+    """Two markdown tables from the rows of all runs: means over seeds, in brackets the spread, largest minus smallest.
+    dense: the row of the dense model."""
 
     def cell(name, sa, tasks):
         """Mean and spread (largest minus smallest) over the seeds."""
@@ -58,19 +59,21 @@ def tables(rows, dense):
     lines = ["| layers | saving | easy | level 1 | level 2 | level 3 | hard |", "|---|---|---|---|---|---|---|"]
     mean = {i: statistics.mean(dense["tasks"][t] for t in tasks) for i, tasks in enumerate([*levels, toy.HARD])}
     lines.append("| dense | 1.00x | " + " | ".join(f"{mean[i]:.3f}" for i in range(5)) + " |")
-    for sa in [(), (4,), (4, 7), (4, 7, 10)]:
-        label = ",".join(map(str, sa)) or "none"
-        saving = [r["saving"] for row in rows for r in row["rows"] if tuple(r["sa"]) == sa]
-        cells = [cell(f"{label} alone", sa, tasks) for tasks in [*levels, toy.HARD]]
-        if saving:
-            lines.append(f"| {label} | {saving[0]:.2f}x | " + " | ".join(cells) + " |")
+    for label in [name for name in RUNS if any(row["run"] == name for row in rows)]:
+        sa = RUNS[label][0][-1]  # the only one, or the largest
+        saving = next(r["saving"] for row in rows for r in row["rows"] if tuple(r["sa"]) == sa)
+        cells = [cell(label, sa, tasks) for tasks in [*levels, toy.HARD]]
+        lines.append(f"| {label}{', in ' + ','.join(map(str, sa)) if 'alone' not in label else ''} | {saving:.2f}x | "
+                     + " | ".join(cells) + " |")
     lines += ["", "| hard tasks in configuration | " + " | ".join(",".join(map(str, v)) or "none" for v in toy.VIABLE)
               + " |", "|---" * (1 + len(toy.VIABLE)) + "|"]
     alone = [cell(f"{','.join(map(str, v)) or 'none'} alone", v, toy.HARD) for v in toy.VIABLE]
-    lines.append("| trained for it alone | " + " | ".join(alone) + " |")
+    if any(x != "-" for x in alone):
+        lines.append("| trained for it alone | " + " | ".join(alone) + " |")
     for name in ("universal", "universal, twice", "universal, control"):
-        lines.append(f"| {name} | " + " | ".join(cell(name, v, toy.HARD) for v in toy.VIABLE) + " |")
-    return f"Seeds {seeds}; mean (largest minus smallest).\n\n" + "\n".join(lines)
+        if any(row["run"] == name for row in rows):
+            lines.append(f"| {name} | " + " | ".join(cell(name, v, toy.HARD) for v in toy.VIABLE) + " |")
+    return "\n".join(lines)
 
 
 def main(argv=None):

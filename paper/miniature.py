@@ -45,7 +45,9 @@ def main(argv=None):
     for seed in args.seed or (0, 1, 2):
         exam = toy.exam(seed, args.exam)
         records = all_records(visor, exam, c.viable), all_records(dense, exam, [tuple(range(c.layers))])
-        rows.append(Report(c, records[0], train.GROUPS, *train.USUAL, records[1]).rows)
+        report = Report(c, records[0], train.GROUPS, *train.USUAL, records[1])
+        kept = "name", "sa", "saving", *train.GROUPS, "tasks"
+        rows.append([{key: row[key] for key in kept} for row in report.rows])
         for so_far, more in zip(everything, records):
             so_far += more
     text, spread = table(rows)

@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 
 import flops
+import router
 import sample
 import toy
 import train
 from config import preset
 from data import tiling
 from flops import llm_flops
-from paper import miniature, numbers
+from paper import ablate, miniature, numbers, routing
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -25,8 +26,9 @@ def test_commands_parse_and_their_files_exist():
     for line in re.findall(r"python sample\.py (.*)", TEXT):
         words = re.findall(r'"[^"]*"|\S+', line)
         sample.parse([w.strip('"') for w in words])
-    for program, flags in re.findall(r"`python (train|toy)\.py ?([^`]*)`", TEXT):
-        {"train": train, "toy": toy}[program].parse(flags.replace("DIR", "somewhere").split())
+    for program, flags in re.findall(r"(?:`|^)python (train|toy|router)\.py ?([^`#\n]*)", TEXT, re.M):
+        flags = flags.replace("DIR", "somewhere").replace("out.png", "x.png")
+        {"train": train, "toy": toy, "router": router}[program].parse(flags.split())
     for path in re.findall(r"(?<=\s)((?:assets|nano|tests)/[\w./]*)", TEXT):
         assert (ROOT / path).exists(), path
 
@@ -55,3 +57,14 @@ def test_the_miniatures_figures_are_those_that_were_measured():
     assert miniature.table(rows)[0] in TEXT
     for name, task in toy.TASKS.items():
         assert re.search(rf"^\| {name} \| {task.ask.split('{')[0]}.*\| {task.like} \| {task.level}", TEXT, re.M), name
+
+
+def test_the_routers_figures_are_those_that_were_measured():
+    results = json.loads((ROOT / "paper" / "results" / "routing.json").read_text())
+    assert results["questions"] == 1000 and len(results["seeds"]) == 3
+    assert routing.tables(results["results"]) in TEXT
+
+
+def test_the_ablations_figures_are_those_that_were_measured():
+    results = json.loads((ROOT / "paper" / "results" / "ablate.json").read_text())
+    assert ablate.tables(results["runs"], results["dense"]) in TEXT

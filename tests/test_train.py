@@ -201,7 +201,7 @@ def test_ablations_run_once_and_make_tables(tmp_path, monkeypatch, capsys):
     ablate.main([*words, "--report"])
     runs = json.loads((tmp_path / "ablate.json").read_text())["runs"]
     assert [(r["run"], len(r["rows"])) for r in runs] == [("4 alone", 1), ("universal", len(toy.VIABLE))]
-    assert "| 4 | 3.71x |" in capsys.readouterr().out
+    assert "| 4 alone | 3.71x |" in capsys.readouterr().out
 
 
 def test_older_checkpoints_go_and_unfinished_ones_do_not_count(dense, tmp_path):
