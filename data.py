@@ -2,8 +2,12 @@
 
 LLaVA-OneVision's input side, without torch: `tiling` is the one place that knows how many visual tokens a picture
 of a given size costs, and `pixels`, the model and flops.py all follow it. What differs from the original code is
-said at the line that differs.
+said at the line that differs. Training files are read in mixture.py, which also shows and checks them:
+
+    python data.py --show FILE [--index N]    what a sample becomes: learned tokens green, others red
+    python data.py --check FILE               reads every sample once and counts what is wrong with them
 """
+import json
 import math
 import re
 from pathlib import Path
@@ -13,11 +17,22 @@ import numpy as np
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-from config import PAD
+from config import PAD, run
 
 IMAGE = "<image>"  # stands for a picture in a question; never becomes a token of the language model
 SYSTEM = "You are a helpful assistant."
 ANSWER = "<|im_start|>assistant\n"  # after it an answer is due
+
+
+class Fault(ValueError):
+    """Something is wrong with a picture or a sample. kind: in two words what, for counting."""
+
+    def __init__(self, kind, message):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):  # so that it comes back whole from a worker process
+        return Fault, (self.kind, str(self))
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -38,10 +53,11 @@ class Tiling(NamedTuple):
         return 1 + self.grid[0] * self.grid[1]
 
 
-def tiling(width, height, config, alone=True):
+def tiling(width, height, config, alone=True, most=None):
     """Tile grid and token count of a picture of width x height pixels (LLaVA-OneVision, anyres_max_9 + spatial_unpad).
 
     alone: it is the only picture of its conversation. Of several, each is padded to a square and is one tile.
+    most: the most tiles that the grid may have, the base tile not counted (default: as many as the config allows).
     """
     side, tile = config.side, config.tile
     if not alone:
@@ -53,7 +69,7 @@ def tiling(width, height, config, alone=True):
         scale = min(w / width, h / height)
         used = min(int(width * scale) * int(height * scale), width * height)
         return used, used - w * h
-    columns, rows = max(config.pinpoints, key=fit)
+    columns, rows = max([g for g in config.pinpoints if most is None or g[0] * g[1] <= most], key=fit)
     w, h = columns * tile, rows * tile
     if w / width < h / height:
         resized = w, min(math.ceil(height * (w / width)), h)
@@ -77,18 +93,20 @@ def tiling(width, height, config, alone=True):
 
 
 def load_image(path):
-    """An RGB PIL image, turned upright by its EXIF tag. Raises ValueError with one line about the file."""
+    """An RGB PIL image, turned upright by its EXIF tag. Raises Fault with one line about the file."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such picture; check the path")
+        raise Fault("missing picture", f"{path}: no such picture; check the path")
     try:
         with Image.open(path) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
-        raise ValueError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
+        raise Fault("oversized picture",
+                    f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture that Pillow can read; give a PNG, JPEG, WebP, ...") from None
+        raise Fault("broken picture",
+                    f"{path}: not a picture that Pillow can read; give a PNG, JPEG, WebP, ...") from None
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as e:  # what Pillow raises on broken files
-        raise ValueError(f"{path}: broken picture ({e}); get it again") from None
+        raise Fault("broken picture", f"{path}: broken picture ({e}); get it again") from None
 
 
 def to_rgb(image):
@@ -128,11 +146,12 @@ class Picture(NamedTuple):
     tiling: Tiling
 
 
-def picture(image, config, alone=True):
-    """What the model needs of one PIL image."""
-    tiles = tiling(*image.size, config, alone)
+def picture(image, config, alone=True, most=None):
+    """What the model needs of one PIL image. alone, most: as in `tiling`. Raises Fault."""
+    tiles = tiling(*image.size, config, alone, most)
     if not alone and max(image.size) ** 2 > 2 * Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"a picture of {image.width} x {image.height} is too long to be padded to a square; crop it")
+        raise Fault("oversized picture",
+                    f"a picture of {image.width} x {image.height} is too long to be padded to a square; crop it")
     return Picture(pixels(to_rgb(image), tiles, config), tiles)
 
 
@@ -150,15 +169,16 @@ def load_tokenizer(directory):
     for token in ("<|im_start|>", "<|im_end|>"):
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{path}: has no token {token}; use the tokenizer of a Qwen2 chat model")
+    if tokenizer.token_to_id(IMAGE) is not None:  # llava-hf's; here such words are placeholders or plain text
+        spec = json.loads(tokenizer.to_str())
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in (IMAGE, "<video>")]
+        tokenizer = Tokenizer.from_str(json.dumps(spec))
     return tokenizer
 
 
 def vocabulary_size(tokenizer):
-    """Rows that the embedding needs; files pad it to more (151936, 152000), with rows that were never trained.
-
-    llava-hf's tokenizers end with <image> and <video>, placeholders that never reach the model.
-    """
-    return max(i for token, i in tokenizer.get_vocab().items() if token not in (IMAGE, "<video>")) + 1
+    """Rows that the embedding needs; files pad it to more (151936, 152000), with rows that were never trained."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def place_images(question, n):
@@ -207,12 +227,18 @@ class Prompt(NamedTuple):
 
 
 def encode(text, tokenizer, pictures=(), start=0):
-    """Tokenises the text between the <image> placeholders and gives every token its place, from `start` on."""
-    if "<video>" in text:
+    """Tokenises the text between the <image> placeholders and gives every token its place, from `start` on.
+
+    pictures: one Picture for each placeholder; None: it is all plain text, whatever it looks like. Raises ValueError.
+    """
+    if pictures is None:
+        chunks, pictures = [text], ()
+    elif "<video>" in text:
         raise ValueError("<video> stands for a film, which this model does not take; write the question without it")
-    chunks = text.split(IMAGE)
+    else:
+        chunks = text.split(IMAGE)
     if len(chunks) != len(pictures) + 1:
-        raise ValueError(f"the text has {len(chunks) - 1} {IMAGE} but {len(pictures)} pictures were given")
+        raise Fault("placeholders", f"the text has {len(chunks) - 1} {IMAGE} but {len(pictures)} pictures were given")
     ids, t_pos, v_pos, asks = [], [], [], []
     for i, chunk in enumerate(chunks):
         new = tokenizer.encode(chunk, add_special_tokens=False)
@@ -231,19 +257,20 @@ def labelled(pieces, tokenizer, pictures=(), start=0):
     """(Prompt, labels) of consecutive pieces of a conversation, (text, whether it is to be learned).
 
     labels has a token's own id where it is to be learned, and -1 elsewhere. Pieces meet at special tokens, so the ids
-    are those of the whole text.
+    are those of the whole text. pictures: as in `encode`.
     """
     prompt, labels = Prompt([], [], [], [], []), []
-    left = list(pictures)
+    plain, left = pictures is None, list(pictures or ())
     for text, learn in pieces:
         here = [left.pop(0) for _ in range(min(len(left), text.count(IMAGE)))]
-        new = encode(text, tokenizer, here, start)
+        new = encode(text, tokenizer, None if plain else here, start)
         start += len(new.ids) + len(new.v_pos)
         labels += new.ids if learn else [-1] * len(new.ids)
         for all_of_it, part in zip(prompt, new):
             all_of_it += part
     if left:
-        raise ValueError(f"the text has {len(pictures) - len(left)} {IMAGE} but {len(pictures)} pictures were given")
+        raise Fault("placeholders",
+                    f"the text has {len(pictures) - len(left)} {IMAGE} but {len(pictures)} pictures were given")
     return prompt, labels
 
 
@@ -269,6 +296,16 @@ class Batch(NamedTuple):
     asks: list         # per prompt, the positions at which answers are due
 
 
+def with_blank(batch, config):
+    """A Batch without pictures, with one black tile whose tokens all count as padding: nobody sees it.
+
+    Processes that train together must run the same parts of the model, whatever their own samples have.
+    """
+    blank = picture(Image.new("RGB", (config.tile,) * 2), config, alone=False)
+    v_pos = pad([[], [0] * blank.tiling.tokens], PAD)[:1].repeat(len(batch.ids), axis=0)
+    return batch._replace(v_pos=v_pos, pictures=[[blank], *batch.pictures[1:]])
+
+
 def collate(prompts):
     return Batch(pad([p.ids for p in prompts], 0), pad([p.t_pos for p in prompts], PAD),
                  pad([p.v_pos for p in prompts], PAD), [p.pictures for p in prompts], [p.asks for p in prompts])
@@ -279,3 +316,8 @@ def pad(rows, filler):
     n, count = max(map(len, rows)), filler == PAD
     return np.array([list(row) + [filler + i * count for i in range(n - len(row))] for row in rows],
                     dtype=np.int64).reshape(len(rows), n)
+
+
+if __name__ == "__main__":
+    import mixture
+    run(mixture.main)

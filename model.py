@@ -140,7 +140,9 @@ class VLM(nn.Module):
         """A list of data.Picture -> one (tokens, d) tensor each. The tiles of all go through the tower together."""
         like = self.image_newline
         tiles = torch.cat([torch.from_numpy(p.pixels) for p in pictures]).to(like.device, like.dtype)
-        features = [self.multi_modal_projector(self.vision_tower(x)) for x in tiles.split(16)]  # bounds the memory
+        # 16 at a time bound the memory; in training it holds them all anyway, and ranks must call as often as others
+        parts = tiles.split(len(tiles) if torch.is_grad_enabled() else 16)
+        features = [self.multi_modal_projector(self.vision_tower(x)) for x in parts]
         features = torch.cat(features).split([p.tiling.tiles for p in pictures])
         return [self.arrange(f, p.tiling) for f, p in zip(features, pictures)]
 
@@ -435,9 +437,11 @@ class VLM(nn.Module):
         """
         return weights.load(cls, name, dtype, device)
 
-    def save_pretrained(self, directory):
-        """Writes config.json, model.safetensors and tokenizer.json, beside first and then renamed."""
-        weights.write(self, directory)
+    def save_pretrained(self, directory, tensors=None):
+        """Writes config.json, model.safetensors and tokenizer.json, beside first and then renamed.
+
+        tensors: all parameters by name, where the model has only its share of them (default: the model's own)."""
+        weights.write(self, directory, tensors)
 
     def put(self, name, tensor):
         owner, _, leaf = name.rpartition(".")

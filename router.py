@@ -12,6 +12,7 @@ import json
 import sys
 import zlib
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -227,13 +228,17 @@ class Lessons:
                    for picture, question, _ in rows]
         return data.collate(prompts), torch.tensor([target for *_, target in rows])
 
-    def loss(self, item, sa, step):
+    def batches(self, first):
+        """Batch after batch, from number `first` on."""
+        return map(self.__getitem__, count(first))
+
+    def losses(self, item, sa, step):
         """Cross-entropy of the policy. All else is frozen: only the routing token's way has gradients."""
         batch, targets = item
         with torch.no_grad():
             part = self.model.read(batch, "auto")
             self.model.language_model.run(part, self.model.config.viable[0], stop=self.model.config.fork)
-        return F.cross_entropy(self.model.policy(part, batch.asks)[:, 0], targets.to(part.t_pos.device))
+        yield F.cross_entropy(self.model.policy(part, batch.asks)[:, 0], targets.to(part.t_pos.device))
 
 
 # --- reports --------------------------------------------------------------------------------------------------------

@@ -1,203 +1,195 @@
 """Training, all stages, in one loop.
 
-    python train.py               the miniature: stages 1, 2, 3 from the dense weights in nano/dense, then the table
-    python train.py --stage 0     a dense miniature from nothing
+    python train.py              the miniature: stages 1, 2, 3 from the dense weights in nano/dense, then the table
+    python train.py --stage 0    a dense miniature from nothing
+    python train.py --stage 1 --model llava-hf/llava-onevision-qwen2-0.5b-ov-hf --data mix.yaml --images DIR
+    torchrun --nproc-per-node 8 train.py --stage 2 --data mix.yaml --images DIR [--fsdp]
 
-Stage 0 makes the dense model, 1 trains the new cross-attentions alone, 2 trains everything, in a viable configuration
-drawn anew for each step: one universal model (paper 4.2.3, 5.1). Stage 3 trains the router, and nothing else (4.3).
-Everything random follows from the seed and the step's number, so that a run that was stopped goes on as if it had not
-been.
+Stage 0 makes the dense model (of a joined SigLIP and Qwen2, its connector), 1 trains the new cross-attentions alone, 2
+trains everything, in a viable configuration drawn anew for each step: one universal model (paper 4.2.3, 5.1). Stage 3
+trains the router, and nothing else (4.3). Everything random follows from the seed and the step's number, so that a run
+that was stopped, or killed, goes on as if it had not been.
 """
 import json
 import os
+import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
+from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint as run_twice
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import mixture
 import router
 import toy
 from config import Parser, run
 from flops import name
+from learn import due, optimizers, rate
 from model import VLM
+from quilts import Quilts, fresh
+from ranks import Ranks, blocks, shard, whole
 
 DENSE = Path(__file__).parent / "nano" / "dense"  # where the miniature starts from
 
 GROUPS = {"easy": toy.EASY, "hard": toy.HARD}
 USUAL = 9, (toy.SIDE * toy.CELL,) * 2  # text tokens of a question, size of its picture: for the savings
 
-
-# --- optimisers -----------------------------------------------------------------------------------------------------
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: every matrix moves by about the same amount in all its directions (Jordan et al. 2024).
-
-    Newton-Schulz in float32, for all matrices of a shape at once: on a CPU 13 times faster than torch.optim.Muon, which
-    takes them one by one in bfloat16 (84 small matrices: 18 ms a step against 229).
-    """
-
-    def __init__(self, parameters, lr, momentum=0.95):
-        super().__init__(parameters, dict(lr=lr, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            same = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    m.mul_(group["momentum"]).add_(p.grad)
-                    same[p.shape].append((p, p.grad + group["momentum"] * m))  # Nesterov
-            for (rows, columns), pairs in same.items():
-                x = torch.stack([g for _, g in pairs])
-                x = x if rows <= columns else x.mT
-                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-                for _ in range(5):
-                    a = x @ x.mT
-                    x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
-                x = x if rows <= columns else x.mT
-                for (p, _), update in zip(pairs, x):
-                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+RECIPES = {  # of the miniature; batches of pictures with 10 questions or 30 short ones each, in stage 3 of questions
+    0: dict(batch_size=24, steps=4200, lr=0.015, warmup=50, flat=0.6, words=1.0, rest_from=3200),
+    1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, flat=0.5),
+    2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, flat=0.5),
+    3: dict(batch_size=128, steps=300, lr=0.03, warmup=20, flat=0.5, quilts=500, labels="task", leave_out=()),
+}
+RATES = {0: 1e-3, 1: 1e-4, 2: 1e-5}  # on training files, 128 samples a step (paper 5.1; 0 as LLaVA's first stage)
+AROUND = dict(keep=2, workers=0, pass_size=4, max_bad=0.01, sample_every=0, dtype="float32", compile=False, fsdp=False,
+              checkpointing=False, overfit=False)  # what does not belong to a recipe
 
 
-def optimizers(model, lr):
-    """{name: (optimizer, names of its parameters, learning rate)}: Muon for the matrices, AdamW with a tenth of the
-    rate for embeddings, convolutions, norms, biases and the router."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices = [n for n, p in trained.items() if p.ndim == 2 and "embed" not in n and not n.startswith("router.")]
-    rest = [n for n in trained if n not in matrices]
-    opts = {"adamw": (torch.optim.AdamW([trained[n] for n in rest], lr / 10, betas=(0.9, 0.98), weight_decay=0.0),
-                      rest, lr / 10)}
-    return {"muon": (Muon([trained[n] for n in matrices], lr), matrices, lr), **opts} if matrices else opts
+# --- training files ---------------------------------------------------------------------------------------------------
+
+class Conversations:
+    """Steps of a training file. Each rank has its share of a step's samples, and takes them a few at a time, those of
+    about equal length together. Faults are counted, named in out/bad.jsonl and skipped."""
+
+    def __init__(self, model, samples, s, out, ranks):
+        self.model, self.samples, self.s, self.ranks, self.out = model, samples, s, ranks, out
+        self.learner, self.last_one = ranks.spread(model, s["fsdp"])
+        file = out / "bad.jsonl"
+        self.bad = {x["number"]: x for x in map(json.loads, open(file))} if file.exists() else {}
+
+    def batches(self, first):
+        """This rank's samples of step after step, from step `first` on; worker processes read ahead."""
+        s, r = self.s, self.ranks
+        steps = count(first) if not s["overfit"] else (0 for _ in count())
+        shares = (mixture.plan(len(self.samples), s["batch_size"], s["seed"], step)[r.rank::r.size] for step in steps)
+        mine = len(range(r.rank, s["batch_size"], r.size))
+        ahead = DataLoader(Numbered(self.samples), batch_size=None, sampler=chain.from_iterable(shares),
+                           num_workers=s["workers"], collate_fn=itself)
+        ahead = iter(ahead)
+        while True:
+            yield list(islice(ahead, mine))
+
+    def losses(self, items, sa, step):
+        """The step's loss in parts, each to be taken backward before the next: together the mean over all labelled
+        tokens of all ranks. Nothing, if there are none."""
+        self.tokens = 0
+        good = [(i, x) for i, x in items if not isinstance(x, data.Fault)]
+        self.example, good = (good or [None])[0], sorted((x for _, x in good), key=lambda x: -x.prompt.end)
+        passes = [good[i:i + self.s["pass_size"]] for i in range(0, len(items), self.s["pass_size"])]
+        passes = [self.collate(x) for x in passes or [[]]]
+        learned = sum(int(due(labels, torch.from_numpy(batch.t_pos)).sum()) for batch, labels in passes)
+        tokens = sum(x.prompt.end for x in good)
+        learned, self.tokens, bad = map(int, self.ranks.total(learned, tokens, len(items) - len(good)))
+        if bad:
+            self.note([(i, x) for i, x in items if isinstance(x, data.Fault)], step)
+        for k, (batch, labels) in enumerate(passes if learned else ()):
+            with self.last_one(k == len(passes) - 1):  # the loop's backward runs in here
+                yield self.learner(batch, labels, sa) * (self.ranks.size / learned)  # ranks' gradients are averaged
+
+    def collate(self, samples):
+        """(data.Batch, labels); of no samples at all, one token that is not learned."""
+        samples = samples or [mixture.Sample(data.Prompt([0], [0], [], [], []), [-1], "")]
+        batch = data.collate([x.prompt for x in samples])
+        if self.ranks.many and not any(batch.pictures):
+            batch = data.with_blank(batch, self.model.config)
+        return batch, torch.from_numpy(data.pad([x.labels for x in samples], -1))
+
+    def note(self, faults, step):
+        """Writes new faults down. Raises ValueError when they are more than max_bad of what was read."""
+        rows = [{"step": step + 1, "number": i, "sample": self.samples.where(i), "kind": x.kind, "message": str(x)}
+                for i, x in faults]
+        rows = [row for part in self.ranks.gather(rows) for row in part if row["number"] not in self.bad]
+        self.bad |= {row["number"]: row for row in rows}
+        if self.ranks.rank == 0:
+            with open(self.out / "bad.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        broken = [row for row in self.bad.values() if row["kind"] != "too long"]
+        read = min(max((step + 1) * self.s["batch_size"], 1000), len(self.samples))
+        if len(broken) > self.s["max_bad"] * read:
+            raise ValueError(f"{len(broken)} of {read:,} samples cannot be used, more than --max-bad "
+                             f"{self.s['max_bad']:g}: mend them, or allow more; {self.out / 'bad.jsonl'} names all, the "
+                             f"last is {broken[-1]['sample']}: {broken[-1]['message']}")
+
+    def answer(self):
+        """(question, the model's answer, the one to learn) of a sample of the last step, on every rank alike."""
+        example = self.ranks.gather(self.example)[0]
+        if example is None:
+            return None
+        number, sample = example
+        _, turns, _ = self.samples.raw(number)
+        p, place = sample.prompt, sample.prompt.asks[0]
+        n, seen = sum(x < place for x in p.t_pos), sum(x < place for x in p.v_pos)
+        sizes = np.cumsum([picture.tiling.tokens for picture in p.pictures])
+        prompt = data.Prompt(p.ids[:n], p.t_pos[:n], p.v_pos[:seen], p.pictures[:int((sizes <= seen).sum())], [place])
+        everything = max(self.model.config.viable or [range(self.model.config.layers)], key=len)
+        said, = self.model.generate([prompt], everything, max_tokens=32)
+        return turns[0].replace(data.IMAGE, "").strip(), self.model.tokenizer.decode(said), turns[1]
 
 
-def rate(step, steps, warmup, flat):
-    """The share of the learning rate at a step: linear warm-up, constant, then linear down to 2 % from flat * steps."""
-    down = max(0.0, step / steps - flat) / (1 - flat)
-    return min(1.0, (step + 1) / warmup) * (1 - 0.98 * down)
+class Numbered:
+    """Samples with their numbers, as worker processes hand them over."""
 
+    def __init__(self, samples):
+        self.samples = samples
 
-# --- losses ---------------------------------------------------------------------------------------------------------
-
-def answer_loss(model, h, labels):
-    """Mean cross-entropy of the next token where labels (B, Nt) are not -1. The head runs for those alone."""
-    due = labels[:, 1:] >= 0
-    return F.cross_entropy(model.head(h[:, :-1][due]), labels[:, 1:][due])
-
-
-def word_loss(model, v, truth):
-    """Lets the visual tokens of a quilt's cells, v (B, cells, d), say the words that are true of them.
-
-    The output head reads each visual token as it reads text, and a sigmoid for each word is to be 1 for true (B, cells,
-    vocab) and 0 for others: several labels at once, or a relation would erase the token's own sign. This stands in for
-    what a large model's pretraining brings along, and belongs to stage 0.
-    """
-    z = model.head(model.language_model.norm(v)) - 4  # as few words are true, the start is that none is
-    return F.binary_cross_entropy_with_logits(z, truth, reduction="sum") / truth.sum()
-
-
-# --- the miniature's data ---------------------------------------------------------------------------------------------
-
-class Quilts:
-    """Batches of conversations about toy.py's quilts; batch i is the same whenever it is asked for."""
-
-    def __init__(self, model, seed, batch_size, turns=10, words=0.0, rest_from=0):
-        self.model, self.seed, self.batch_size, self.turns = model, seed, batch_size, turns
-        self.words, self.rest_from = words, rest_from
-        self.vocabulary = model.tokenizer.get_vocab()
+    def __len__(self):
+        return len(self.samples)
 
     def __getitem__(self, i):
-        """(data.Batch, labels (B, Nt), the quilts)."""
-        quilts, prompts, labels = [], [], []
-        for j in range(self.batch_size):
-            rng, short = np.random.default_rng((toy.TRAIN, self.seed, i, j)), j % 2
-            image, quilt, asked = toy.conversation(rng, self.turns * (1 + 2 * short))
-            if short:
-                pieces = toy.caption(asked)
-            else:
-                turns = [words for _, question, answer in asked for words in (question, answer)]
-                pieces = data.turns_to_learn([data.place_images(turns[0], 1), *turns[1:]])
-            prompt, learned = data.labelled(pieces, self.model.tokenizer, [data.picture(image, self.model.config)])
-            quilts.append(quilt)
-            prompts.append(prompt)
-            labels.append(learned)
-        return data.collate(prompts), torch.from_numpy(data.pad(labels, -1)), quilts
+        return i, self.samples[i]
 
-    def loss(self, item, sa, step):
-        """The loss of one batch in configuration sa.
 
-        words: the weight of what visual tokens say, stage 0's auxiliary loss. The pictures run once more, without the
-        questions: the connector's output is to say the words of level 0, and what the first, second, third
-        self-attention candidate makes of it those of level 1, 2, 3. Meanwhile visual tokens rest in each other layer
-        with probability 1/2 (stochastic depth, Huang et al. 2016), and from step rest_from on, every other time, in all
-        of them. From then on something like it goes for the questions too: a share of the layers is drawn, and of those
-        in it the ones that will have no attention to vision in VISOR run on text alone; in those that will have a
-        cross-attention visual tokens rest. What a layer has learned is not to depend on all those before it, and text
-        is not to look at the picture everywhere: large models are like this by themselves (paper, section 3).
-        """
-        batch, labels, pictures = item
-        model, rng, n = self.model, np.random.default_rng((self.seed, step)), self.model.config.layers
-        t, v, t_pos, v_pos = model.embed(batch)
-        tired, late = (), step >= self.rest_from
-        if self.words and late:
-            drawn = [l for l, x in enumerate(rng.random(n) < rng.random()) if x and l not in toy.SA]
-            sa, tired = [l for l in sa if l not in drawn or l in toy.CA], [l for l in drawn if l in toy.CA]
-        loss = answer_loss(model, model.language_model(t, v, t_pos, v_pos, tuple(sa), rest=tired), labels)
-        if self.words:
-            states, truth = {-1: v}, torch.zeros(())
-            share = rng.choice([0.5, 1.0]) if late else 0.5
-            tired = [l for l, x in enumerate(rng.random(n) < share) if x and l not in toy.SA]
-            model.language_model(t[:, :2], v, t_pos[:, :2], v_pos, range(n), states=states, rest=tired)  # 2 before it
-            for level, l in enumerate((-1, *toy.SA)):
-                truth = truth.maximum(self.truth(pictures, level))
-                loss = loss + self.words * word_loss(model, states[l][:, toy.CELL_TOKENS], truth)
-        return loss
-
-    def truth(self, quilts, level):
-        """(B, 36, vocab) 1 for each word that becomes true of a cell at this level."""
-        truth = np.zeros((len(quilts) * 36, self.model.config.vocab), dtype=np.float32)
-        said = [words for quilt in quilts for words in toy.words(quilt, level)]
-        cells = [i for i, words in enumerate(said) for _ in words]
-        truth[cells, [self.vocabulary[w] for words in said for w in words]] = 1
-        return torch.from_numpy(truth).unflatten(0, (-1, 36))
+def itself(x):
+    return x
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
-def save(out, model, opts, state, keep=2):
-    """out/stageN-STEP: a checkpoint as any other, with the optimisers and state.json beside it; renamed into place."""
+def save(out, model, opts, state, keep=2, rank=0):
+    """out/stageN-STEP: a checkpoint as any other, with the optimisers and state.json beside it; renamed into place.
+
+    All ranks call it, rank 0 writes."""
     model.config.stage, model.config.step = str(state["stage"]), state["step"]
     target = out / f"stage{state['stage']}-{state['step']:06d}"
     beside = out / (target.name + ".writing")
-    model.save_pretrained(beside)
-    tensors = {f"{kind}.{name}.{key}": x for kind, (opt, names, _) in opts.items()
+    weights = {n: whole(p.detach()) for n, p in model.named_parameters()}
+    moments = {f"{kind}.{name}.{key}": whole(x).cpu() for kind, (opt, names, _) in opts.items()
                for name, p in zip(names, opt.param_groups[0]["params"]) for key, x in opt.state[p].items()}
-    save_file(tensors, beside / "optimizer.safetensors")
+    if rank or target.exists():
+        return target
+    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
+    model.save_pretrained(beside, weights)
+    save_file(moments, beside / "optimizer.safetensors")
     (beside / "state.json").write_text(json.dumps(state, indent=1) + "\n")
     os.replace(beside, target)
     for old in sorted(out.glob(f"stage{state['stage']}-??????"))[:-keep]:
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()
+        shutil.rmtree(old)
     return target
 
 
 def restore(checkpoint, opts):
-    """Puts the optimisers' tensors back."""
+    """Puts the optimisers' tensors back, each rank its part."""
+    from torch.distributed.tensor import distribute_tensor
     for label, x in load_file(checkpoint / "optimizer.safetensors").items():
         kind, _, rest = label.partition(".")
         parameter, _, key = rest.rpartition(".")
         opt, names, _ = opts[kind]
-        opt.state[opt.param_groups[0]["params"][names.index(parameter)]][key] = x
+        p = opt.param_groups[0]["params"][names.index(parameter)]
+        if x.ndim:  # a step counter stays where it is
+            x = x.to(p.device)
+            x = distribute_tensor(x, p.device_mesh, p.placements) if hasattr(p, "device_mesh") else x
+        opt.state[p][key] = x
 
 
 def newest(out, stages):
@@ -206,15 +198,17 @@ def newest(out, stages):
     return found[-1] if found else None
 
 
+def forget(file, stage, step):
+    """Drops what a run wrote into a .jsonl file after the checkpoint from which it goes on."""
+    if file.exists():
+        rows = [line for line in open(file) if line.endswith("\n")]
+        kept = [line for line in rows if (x := json.loads(line)).get("stage", stage) != stage or x["step"] <= step]
+        beside = file.with_name(file.name + ".writing")
+        beside.write_text("".join(kept))
+        os.replace(beside, file)
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
-
-RECIPES = {  # of the miniature; batches of pictures with 10 questions or 30 short ones each, in stage 3 of questions
-    0: dict(batch_size=24, steps=4200, lr=0.015, warmup=50, flat=0.6, words=1.0, rest_from=3200),
-    1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, flat=0.5),
-    2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, flat=0.5),
-    3: dict(batch_size=128, steps=300, lr=0.03, warmup=20, flat=0.5, quilts=500, labels="task", leave_out=()),
-}
-
 
 def draw(viable, seed, step):
     """The configuration of a step (paper 4.2.3), the smallest and the largest twice as often as the others: they carry
@@ -224,8 +218,10 @@ def draw(viable, seed, step):
     return pool[np.random.default_rng((seed, step)).integers(len(pool))]
 
 
-def lessons(model, stage, out, s):
-    """What a stage learns from: batches by number, and their loss. For stage 3 the pseudo-labels are made first."""
+def lessons(model, stage, out, s, samples, ranks):
+    """What a stage learns from: batches by number, and their losses. For stage 3 the pseudo-labels are made first."""
+    if samples is not None:
+        return Conversations(model, samples, s, out, ranks)
     if stage < 3:
         return Quilts(model, s["seed"], s["batch_size"], s["turns"], s.get("words", 0.0), s.get("rest_from", 0))
     exam = toy.exam(s["seed"], s["quilts"], toy.TRAIN)
@@ -234,129 +230,204 @@ def lessons(model, stage, out, s):
     return router.Lessons(model, exam, targets, s["seed"], s["batch_size"])
 
 
-def train(model, stage, out, settings, checkpoint=None):
+def trainable(model, stage):
+    """What a stage trains. Stage 0 of a joined SigLIP and Qwen2 trains the connector between them, which is new."""
+    joined = stage == 0 and model.config.stage == "pretrained"
+    model.requires_grad_(stage in (0, 2) and not joined)
+    for part in {1: [model.language_model.cross], 3: [model.router]}.get(stage, []):
+        part.requires_grad_(True)
+    if joined:
+        model.multi_modal_projector.requires_grad_(True)
+        model.image_newline.requires_grad_(True)
+
+
+def train(model, stage, out, settings, checkpoint=None, samples=None, ranks=None):
     """Runs a stage to its end, from a checkpoint of the same stage if there is one, and leaves checkpoints in out/.
 
-    settings: what RECIPES has, and seed, turns, save_every. Ctrl-C saves, says so and leaves.
+    settings: what RECIPES has, and what main adds. samples: mixture.Samples, else the miniature's world. Ctrl-C saves,
+    says so and leaves.
     """
-    s, c = settings, model.config
-    model.requires_grad_(stage in (0, 2))
-    {1: model.language_model.cross, 3: model.router}.get(stage, model).requires_grad_(True)
-    opts, first = optimizers(model, s["lr"]), 0
+    s, c, ranks = {**AROUND, **settings}, model.config, ranks or Ranks(model.image_newline.device)
+    first = json.loads((checkpoint / "state.json").read_text())["step"] if checkpoint else 0
+    out.mkdir(parents=True, exist_ok=True)
+    trainable(model, stage)
+    n, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == x) for x in (True, False))
+    if ranks.rank == 0:
+        print(f"stage {stage}: {n:,} parameters train, {frozen:,} are frozen", file=sys.stderr)
+        for file in ("log.jsonl", "bad.jsonl"):
+            forget(out / file, stage, first)
+    ranks.total(0)  # the others wait for that
+    for block in blocks(model) if s["checkpointing"] else ():
+        block.forward = partial(run_twice, block.forward, use_reentrant=False, preserve_rng_state=False)
+    for block in blocks(model) if s["compile"] else ():
+        block.compile(dynamic=True)
+    if s["fsdp"]:
+        shard(model)
+    opts = optimizers(model, s["lr"], muon=samples is None)
     if checkpoint:
         restore(checkpoint, opts)
-        first = json.loads((checkpoint / "state.json").read_text())["step"]
-    n, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == x) for x in (True, False))
-    print(f"stage {stage}: {n:,} parameters train, {frozen:,} are frozen", file=sys.stderr)
-    out.mkdir(parents=True, exist_ok=True)
-    source = lessons(model, stage, out, s)
-    log, mean, start = open(out / "log.jsonl", "a"), 0.0, time.perf_counter()
+    source = lessons(model, stage, out, s, samples, ranks)
+    feed = source.batches(first + (0 if samples else stage << 40))
+    log, mean, start = open(out / "log.jsonl", "a") if ranks.rank == 0 else None, 0.0, time.perf_counter()
     asked_to_stop = []
     before = signal.signal(signal.SIGINT, lambda *_: asked_to_stop.append(1))
-    bar = tqdm(range(first, s["steps"]), initial=first, total=s["steps"], desc=f"stage {stage}", ncols=80)
+    bar = tqdm(range(first, s["steps"]), initial=first, total=s["steps"], desc=f"stage {stage}", ncols=80,
+               disable=ranks.rank > 0)
     model.train()
+
+    def keep_it(step):
+        return save(out, model, opts, {**s, "stage": stage, "step": step}, s["keep"], ranks.rank)
+    mixed = torch.autocast(ranks.device.type, torch.bfloat16, enabled=s["dtype"] == "bfloat16")
     for step in bar:
         sa = tuple(range(c.layers)) if stage == 0 else draw(c.viable, s["seed"], step) if stage < 3 else c.viable[0]
-        loss = source.loss(source[step + (stage << 40)], sa, step)
-        loss.backward()
+        value = 0.0
+        try:
+            with mixed:
+                for loss in source.losses(next(feed), sa, step):
+                    loss.backward()
+                    value += loss.item() / ranks.size
+        except ValueError:  # too many faults in the data
+            keep_it(step)
+            raise
+        value, = ranks.total(value)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt, _, lr in opts.values():
             opt.param_groups[0]["lr"] = lr * rate(step, s["steps"], s["warmup"], s["flat"])
             opt.step()
             opt.zero_grad()
-        mean = 0.95 * mean + 0.05 * loss.item() if mean else loss.item()
-        log.write(json.dumps({"stage": stage, "step": step + 1, "loss": loss.item(), "sa": list(sa),
-                              "seconds": round(time.perf_counter() - start, 2)}) + "\n")
+        mean = 0.95 * mean + 0.05 * value if mean else value
+        if log:
+            log.write(json.dumps({"stage": stage, "step": step + 1, "loss": value, "sa": list(sa),
+                                  **({"tokens": source.tokens} if samples else {}),
+                                  "seconds": round(time.perf_counter() - start, 2)}) + "\n")
+            log.flush()
         if step % 10 == 9:
             bar.set_postfix_str(f"loss {mean:.3f}" + f", layers {name(c, sa)}" * (stage < 3))
-            log.flush()
-        done = step + 1 == s["steps"]
-        if done or asked_to_stop or (step + 1) % s["save_every"] == 0:
-            checkpoint = save(out, model, opts, {**s, "stage": stage, "step": step + 1})
-        if asked_to_stop and not done:
+        done, stop = step + 1 == s["steps"], ranks.total(len(asked_to_stop))[0]
+        with mixed:
+            said = source.answer() if s["sample_every"] and (step + 1) % s["sample_every"] == 0 else None
+        if said and log:
+            asked, answer, wanted = (shorten(x, 36 - 8 * i) for i, x in enumerate(said))
+            bar.write(f"{asked} {answer} (to learn: {wanted})", file=sys.stderr)
+            log.write(json.dumps({"stage": stage, "step": step + 1, "question": said[0], "answer": said[1],
+                                  "wanted": said[2]}) + "\n")
+        if done or stop or (step + 1) % s["save_every"] == 0:
+            checkpoint = keep_it(step + 1)
+        if stop and not done:
             bar.close()
             signal.signal(signal.SIGINT, before)
-            print(f"stopped after step {step + 1} of {s['steps']}, saved as {checkpoint}; add --resume to the same "
-                  "command to go on", file=sys.stderr)
+            if log:
+                print(f"stopped after step {step + 1} of {s['steps']}, saved as {checkpoint}; add --resume to the "
+                      "same command to go on", file=sys.stderr)
             raise SystemExit(130)
     signal.signal(signal.SIGINT, before)
     return model.eval()
 
 
-def fresh(seed):
-    """A miniature with random weights, of a scale at which every part gets a gradient from the first step on."""
-    torch.manual_seed(seed)
-    model = VLM(toy.config())
-    model.tokenizer = toy.tokenizer()
-    c = model.config
-    with torch.no_grad():
-        for label, p in model.named_parameters():
-            if "embed_tokens" in label:
-                p.normal_(0, 0.5)
-            elif "position_embedding" in label:
-                p.normal_(0, 0.3)
-            elif p.ndim > 1:
-                p.normal_(0, 0.8 * p[0].numel() ** -0.5)
-        for block in model.language_model.layers:  # queries start near the keys: attention is by content at once
-            key = block.self_attn.k_proj.weight.unflatten(0, (c.kv_heads, -1))
-            block.self_attn.q_proj.weight += 0.5 * key.repeat_interleave(c.heads // c.kv_heads, 0).flatten(0, 1)
-    return model
-
-
 def parse(argv=None):
-    p = Parser(description="Train the miniature: without --stage, stages 1 to 3 from nano/dense, then the table.",
-               epilog="Stage 0 takes about 42 minutes on one core, the others about 11 together.")
+    p = Parser(description="Train: without --stage, the miniature's stages 1 to 3 from nano/dense, then the table.",
+               epilog="The miniature's stage 0 takes about 42 minutes on one core, its others about 11 together. Under "
+               "torchrun, training files are shared out among the processes.")
     p.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="0 dense pretraining, 1 the new cross-attentions "
                    "alone, 2 everything, universal, 3 the router")
     p.add_argument("--model", metavar="NAME", help="what the (first) stage starts from (default: the newest earlier "
-                   "stage in --out, else nano/dense, for stage 3 nano)")
-    p.add_argument("--data", default="toy", choices=("toy",), help="toy: the quilts of toy.py (default)")
-    p.add_argument("--out", default="out", metavar="DIR", help="checkpoints, log.jsonl, table.json, table.png "
-                   "(default: out)")
-    p.add_argument("--steps", type=int, metavar="N", help="optimisation steps of a stage")
-    p.add_argument("--batch-size", type=int, metavar="N", help="pictures a step (default: 24), in stage 3 questions "
-                   "(default: 128)")
-    p.add_argument("--turns", type=int, default=10, metavar="N", help="questions a picture (default: 10)")
-    p.add_argument("--lr", type=float, metavar="X", help="Muon's learning rate; AdamW's, for all but matrices and "
-                   "for the router, is a tenth of it")
+                   "stage in --out; for the miniature nano/dense, in stage 3 nano)")
+    p.add_argument("--data", default="toy", metavar="FILE", help="toy: the quilts of toy.py (default); or LLaVA's .json "
+                   "or .jsonl, or a mixture of them, .yaml or .json")
+    p.add_argument("--images", metavar="DIR", help="where the pictures' paths start (default: where each file is)")
+    p.add_argument("--out", default="out", metavar="DIR", help="checkpoints, log.jsonl, bad.jsonl, table.json, "
+                   "table.png (default: out)")
+    p.add_argument("--steps", type=int, metavar="N", help="optimisation steps of a stage (default: of a file, once "
+                   "through it)")
+    p.add_argument("--batch-size", type=int, metavar="N", help="samples a step: default 128, of the miniature 24 "
+                   "pictures, in stage 3 128 questions")
+    p.add_argument("--pass-size", type=int, metavar="N", help="samples at once in memory, the step's gradient adds "
+                   "up (default: 4)")
+    p.add_argument("--turns", type=int, default=10, metavar="N", help="miniature: questions a picture (default: 10)")
+    p.add_argument("--lr", type=float, metavar="X", help="AdamW's learning rate (default: 1e-4 in stage 1, 1e-5 in "
+                   "stage 2); of the miniature, Muon's, and AdamW has a tenth of it")
     p.add_argument("--words", type=float, metavar="X", help="weight of the words that visual tokens say (default: 1 in "
                    "stage 0, else 0)")
     p.add_argument("--rest-from", type=int, metavar="N", help="stage 0: from which step on layers rest while questions "
                    "are answered (default: 3200)")
     p.add_argument("--viable", action="append", metavar="LAYERS", help="a configuration to train: none or 4,7; may be "
-                   f"given several times (default: {' '.join(','.join(map(str, v)) or 'none' for v in toy.VIABLE)})")
+                   "given several times (default: the miniature's six, or by the number of layers)")
     p.add_argument("--labels", choices=("task", "sample"), help="stage 3: what the router is to choose, per task as "
                    "the paper (default), or the oracle's choice per sample")
     p.add_argument("--leave-out", action="append", metavar="TASK", choices=list(toy.TASKS), help="stage 3: a "
                    "task that the router does not learn from; may be given several times")
-    p.add_argument("--save-every", type=int, default=200, metavar="N", help="steps between checkpoints (default: 200)")
+    p.add_argument("--label-rule", choices=("assistant", "llava"), help="what is learned of a conversation: answers "
+                   "(default), or what LLaVA-OneVision learns, all markers and newlines too")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="longest sample, text and vision; a longer one gets "
+                   "fewer tiles, or is left out")
+    p.add_argument("--max-bad", type=float, metavar="F", help="stop when more than this share of the samples cannot be "
+                   "used (default: 0.01)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes that read ahead (default: 2; 0: none)")
+    p.add_argument("--overfit", action="store_true", help="the first step's samples again and again")
+    p.add_argument("--sample-every", type=int, metavar="N", help="steps between answers to look at (default: 100; 0: "
+                   "none)")
+    p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 200)")
+    p.add_argument("--keep", type=int, metavar="K", help="checkpoints of a stage to keep (default: 2)")
     p.add_argument("--exam", type=int, default=250, metavar="N", help="held-out questions a task for the table "
                    "(default: 250)")
     p.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default: "
+                   "bfloat16 on CUDA, else float32)")
+    p.add_argument("--compile", action="store_true", help="compile each block with torch.compile")
+    p.add_argument("--checkpointing", action="store_true", help="keep only the blocks' inputs and run them twice: "
+                   "less memory, a third more time")
+    p.add_argument("--fsdp", action="store_true", help="under torchrun: share weights and optimiser states out too")
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     p.add_argument("--resume", action="store_true", help="go on with what is in --out, in its own settings")
     args = p.parse_args(argv)
-    for flag in ("steps", "batch_size", "turns", "save_every", "exam", "threads"):
+    for flag in ("steps", "batch_size", "pass_size", "turns", "save_every", "keep", "exam", "threads", "max_tokens"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a number of at least 1")
     if args.lr is not None and not args.lr > 0:
         p.error(f"--lr {args.lr}: give a number above 0")
+    for flag in ("workers", "sample_every", "max_bad"):
+        if getattr(args, flag) is not None and not getattr(args, flag) >= 0:
+            p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 0 or more")
+    if args.data == "toy" and (args.fsdp or "WORLD_SIZE" in os.environ):
+        p.error("the miniature trains in one process: give a training file with --data, or leave torchrun out")
+    if args.fsdp and "WORLD_SIZE" not in os.environ:
+        p.error("--fsdp shares a model out among processes: start them with torchrun --nproc-per-node N train.py ...")
+    if args.data != "toy" and args.stage in (None, 3):
+        p.error(f"--data {args.data}: give --stage 1 or 2, or 0 for a new connector")
     return args
 
 
 def start(stage, name, args, out):
     """The model that a stage begins with. name: of a checkpoint, or None."""
-    if stage == 0 and not name:
+    mini = args.data == "toy"
+    if stage == 0 and not name and mini:
         return fresh(args.seed)
     nano = name == "nano" and not Path("nano/config.json").is_file()
-    model = VLM.from_pretrained(DENSE.parent if nano else name or newest(out, range(stage))
-                                or (DENSE.parent if stage == 3 else DENSE))
+    source = DENSE.parent if nano else name or newest(out, range(stage))
+    if not source and not mini:
+        raise ValueError("nothing to start from: give a checkpoint with --model, or an --out with an earlier stage")
+    model = VLM.from_pretrained(source or (DENSE.parent if stage == 3 else DENSE))
     if stage == 3:
         torch.manual_seed(args.seed)
         return model.add_router()
     if stage and not model.config.ca:
-        model.add_cross_attention(toy.CA, toy.SA, toy.VIABLE)
+        model.add_cross_attention(*((toy.CA, toy.SA, toy.VIABLE) if mini else ()))
     return model.remove_router()
+
+
+def prepare(stage, args, model, samples):
+    """The settings of a stage that begins."""
+    flags = ("steps", "batch_size", "lr", "words", "rest_from", "labels", "leave_out", "label_rule", "max_tokens",
+             *AROUND)
+    given = {k: v for k in flags if (v := getattr(args, k)) is not None}
+    common = {**AROUND, "seed": args.seed, "save_every": 200, "dtype": "float32"}
+    if samples is None:
+        return {**common, **RECIPES[stage], "turns": args.turns, **given}
+    size = given.get("batch_size", 128)
+    steps = given.get("steps", -(-len(samples) // size))
+    return {**common, "workers": 2, "sample_every": 100, "batch_size": size, "steps": steps, "lr": RATES[stage],
+            "flat": None, "warmup": -(-3 * steps // 100), "label_rule": "assistant", "samples": len(samples), **given}
 
 
 def main(argv=None):
@@ -364,26 +435,38 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # vanishing gradients of saturated sigmoids would be 100 times slower
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" and args.data != "toy" else None)
+    ranks = Ranks(device)
     out, stages = Path(args.out), [1, 2, 3] if args.stage is None else [args.stage]
     if not args.resume and any(newest(out, [stage]) for stage in stages):
         raise ValueError(f"{out} holds a run of this stage already: --resume goes on with it, --out begins another")
     for stage in stages:
         checkpoint = newest(out, [stage])
-        if checkpoint:
-            model = VLM.from_pretrained(checkpoint)
-            settings = json.loads((checkpoint / "state.json").read_text())
-        else:
-            model = start(stage, args.model if stage == stages[0] else None, args, out)
-            flags = ("steps", "batch_size", "lr", "words", "rest_from", "labels", "leave_out")
-            given = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
-            settings = {**RECIPES[stage], **given, "seed": args.seed, "turns": args.turns,
-                        "save_every": args.save_every}
+        settings = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
+        model = (VLM.from_pretrained(checkpoint) if checkpoint else
+                 start(stage, args.model if stage == stages[0] else None, args, out)).to(ranks.device)
+        samples = None if args.data == "toy" else mixture.Samples(
+            args.data, args.images, model.tokenizer, model.config, settings.get("label_rule") or args.label_rule
+            or "assistant", settings.get("max_tokens") or args.max_tokens, settings.get("seed", args.seed))
+        if not checkpoint:
+            settings = prepare(stage, args, model, samples)
             if stage in (1, 2) and args.viable:
                 c = model.config
                 c.viable = c.visor_layers(c.ca, c.sa, [c.configuration(v) for v in args.viable])[2]
+        elif settings.get("samples") != (len(samples) if samples else None):
+            raise ValueError(f"{checkpoint} learned from {settings.get('samples') or 'no'} samples of a file, "
+                             f"{args.data} has {len(samples) if samples else 'none'}: give the same --data, or another "
+                             "--out")
+        settings |= {k: v for k in (*AROUND, "save_every") if (v := getattr(args, k)) is not None and v is not False}
         if not (checkpoint and settings["step"] == settings["steps"]):
-            model = train(model, stage, out, settings, checkpoint)
-    report(model, args, out)
+            model = train(model, stage, out, settings, checkpoint, samples, ranks)
+    if args.data == "toy":
+        report(model, args, out)
+    elif ranks.rank == 0:
+        print(newest(out, stages))
+    ranks.leave()
 
 
 def report(model, args, out):

@@ -168,14 +168,15 @@ def check(model, files, unexpected, directories, joined):
     return fresh
 
 
-def write(model, directory):
+def write(model, directory, tensors):
     """See VLM.save_pretrained."""
     directory = Path(directory)
     beside = directory.with_name(directory.name + ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     (beside / "config.json").write_text(model.config.to_json())
-    save_file({k: v.detach().contiguous() for k, v in model.named_parameters()}, beside / "model.safetensors",
+    tensors = tensors or {k: v.detach() for k, v in model.named_parameters()}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, beside / "model.safetensors",
               metadata={"format": "pt"})
     shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors makes it private
     if model.tokenizer is not None:

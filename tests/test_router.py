@@ -9,6 +9,7 @@ from torch import nn
 
 import data
 import flops
+import learn
 import router
 import toy
 import train
@@ -448,9 +449,9 @@ def test_stage_3_learns_labels_that_depend_on_the_words(visor):
     m.router.requires_grad_(True)
     exam = toy.exam(0, 20, toy.TRAIN)
     targets = [(i, q, toy.TASKS[task].level) for i, (_, asked) in enumerate(exam) for task, q, _ in asked]
-    lessons, (opt, *_) = router.Lessons(m, exam, targets, 0, 64), train.optimizers(m, 0.03)["adamw"]
+    lessons, (opt, *_) = router.Lessons(m, exam, targets, 0, 64), learn.optimizers(m, 0.03)["adamw"]
     for step in range(150):
-        lessons.loss(lessons[step], None, step).backward()
+        next(lessons.losses(lessons[step], None, step)).backward()
         opt.step()
         opt.zero_grad()
     batch, wanted = router.Lessons(m, exam, targets, 1, 256)[0]

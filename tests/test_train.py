@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+import learn
+import quilts
 import toy
 import train
 from config import run
@@ -59,7 +61,7 @@ def test_muon_is_momentum_orthogonalised():
     shapes = [(64, 64), (32, 64), (64, 32), (64, 64)]
     ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
     wanted, momentum = [p.detach().double().clone() for p in ours], [torch.zeros(s).double() for s in shapes]
-    opt = train.Muon(ours, lr=0.01)
+    opt = learn.Muon(ours, lr=0.01)
     for _ in range(3):
         for i, p in enumerate(ours):
             p.grad = torch.randn_like(p)
@@ -79,33 +81,35 @@ def test_optimisers_partition_what_trains():
         for p in model.parameters():
             p.requires_grad_(stage == 2)
         model.language_model.cross.requires_grad_(True)
-        names = [n for _, group, _ in train.optimizers(model, 0.01).values() for n in group]
+        names = [n for _, group, _ in learn.optimizers(model, 0.01).values() for n in group]
         assert sorted(names) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
 
 
 def test_rate_warms_up_stays_and_falls():
-    rates = [train.rate(i, 100, 10, 0.5) for i in range(100)]
+    rates = [learn.rate(i, 100, 10, 0.5) for i in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[10:50] == [1.0] * 40
     assert all(a > b for a, b in zip(rates[50:], rates[51:])) and rates[-1] == pytest.approx(0.0396)
 
 
-def test_answer_loss_is_the_mean_over_labelled_tokens():
+def test_answer_loss_is_the_sum_over_labelled_tokens():
     model = train.fresh(0)
-    batch, labels, _ = train.Quilts(model, 0, 3, 4)[0]
+    batch, labels, _ = quilts.Quilts(model, 0, 3, 4)[0]
     h = model(batch, (1, 4))
     losses = []
     for b in range(3):
         for i in range(1, labels.shape[1]):
             if labels[b, i] >= 0:
                 losses.append(-model.head(h[b, i - 1]).log_softmax(-1)[labels[b, i]])
-    assert torch.allclose(train.answer_loss(model, h, labels), torch.stack(losses).mean(), atol=1e-4)
+    t_pos = torch.from_numpy(batch.t_pos)
+    assert torch.allclose(learn.answer_loss(model, h, labels, t_pos, chunk=7), torch.stack(losses).sum(), rtol=1e-5)
+    assert int(learn.due(labels, t_pos).sum()) == len(losses)
 
 
 def test_word_loss_is_a_sigmoid_for_each_word():
     model = train.fresh(0)
-    quilts = train.Quilts(model, 0, 2)
-    _, _, pictures = quilts[1]
-    truth = quilts.truth(pictures, 0).maximum(quilts.truth(pictures, 2))
+    source = quilts.Quilts(model, 0, 2)
+    _, _, pictures = source[1]
+    truth = source.truth(pictures, 0).maximum(source.truth(pictures, 2))
     v = torch.randn(2, 36, 64)
     plain, true = 0.0, 0
     names = model.tokenizer.get_vocab()
@@ -117,14 +121,14 @@ def test_word_loss_is_a_sigmoid_for_each_word():
                 p = z[i].sigmoid()
                 plain -= (p if word in words else 1 - p).clamp_min(1e-30).log()
                 true += word in words
-    assert torch.allclose(train.word_loss(model, v, truth), plain / true, rtol=1e-3)
+    assert torch.allclose(quilts.word_loss(model, v, truth), plain / true, rtol=1e-3)
 
 
 def test_batches_follow_from_seed_and_number_alone():
     model = train.fresh(0)
-    a, b = train.Quilts(model, 0, 3)[7], train.Quilts(model, 0, 3)[7]
+    a, b = quilts.Quilts(model, 0, 3)[7], quilts.Quilts(model, 0, 3)[7]
     assert np.array_equal(a[0].ids, b[0].ids) and torch.equal(a[1], b[1])
-    assert not np.array_equal(a[0].ids, train.Quilts(model, 1, 3)[7][0].ids)
+    assert not np.array_equal(a[0].ids, quilts.Quilts(model, 1, 3)[7][0].ids)
     assert (a[1] >= 0).any(1).all()
 
 
@@ -156,14 +160,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(stage, dense, tmp_path, mon
     words = ["--stage", stage, "--steps", 20, "--seed", 3] + (["--model", dense] if stage else [])
     assert call(*words, "--out", tmp_path / "whole") == 0
 
-    real, count = train.answer_loss, []
+    real, count = quilts.answer_loss, []
 
     def interrupted(*args):  # Ctrl-C in the middle of a step
         count.append(1)
         if len(count) == 6:
             train.signal.raise_signal(train.signal.SIGINT)
         return real(*args)
-    monkeypatch.setattr(train, "answer_loss", interrupted)
+    monkeypatch.setattr(quilts, "answer_loss", interrupted)
     assert call(*words, "--out", tmp_path / "parts") == 130
     assert "--resume" in capsys.readouterr().err
     assert call(*words, "--out", tmp_path / "parts", "--resume") == 0
@@ -214,7 +218,7 @@ def test_older_checkpoints_go_and_unfinished_ones_do_not_count(dense, tmp_path):
 
 @pytest.mark.parametrize("words, say", [
     (["--steps", 0], "--steps"), (["--lr", 0], "--lr"), (["--stage", 7], "--stage"),
-    (["--model", "nowhere/x"], "nowhere"), (["--viable", "99"], "99"), (["--data", "nothing.json"], "--data")])
+    (["--model", "nowhere/x"], "nowhere"), (["--viable", "99"], "99"), (["--data", "nothing.json"], "nothing.json")])
 def test_bad_input_is_one_line(words, say, dense, tmp_path, capsys):
     extra = [] if "--model" in words else ["--model", dense]
     assert call("--stage", 1, "--out", tmp_path, "--steps", 1, *extra, *words) == 2
