@@ -138,7 +138,8 @@ def pixels(image, tiles, config):
         crops = [image.resize(size, Image.BICUBIC)]  # the base tile is stretched, not padded
         crops += [canvas.crop((x, y, x + config.tile, y + config.tile))
                   for y in range(0, h, config.tile) for x in range(0, w, config.tile)]
-    return NORMALISED[np.stack([np.asarray(crop).transpose(2, 0, 1) for crop in crops])]
+    # In plain order in memory, as it also comes from a worker process: another order means other rounding in the tower
+    return NORMALISED[np.ascontiguousarray(np.stack([np.asarray(crop).transpose(2, 0, 1) for crop in crops]))]
 
 
 class Picture(NamedTuple):

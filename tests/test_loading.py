@@ -130,9 +130,8 @@ def test_dtypes(tmp_path, in_file, asked):
         assert torch.equal(loaded[name], p.to(in_file).to(asked)), name
 
 
-def test_siglip_and_qwen2_directories(tmp_path, capsys):
-    """Only the connector and the newline are new, and that is said."""
-    model = tiny.model(visor=False, tied=True)
+def joined(tmp_path, model):
+    """A model's tower and language model as a SigLIP and a Qwen2 directory; the name of both."""
     tensors = tensors_of(model, extra_layer=True)
     tower = {"vision_model" + k.removeprefix("vision_tower"): v for k, v in tensors.items() if k.startswith("vision")}
     tower |= {"text_model.head.weight": torch.zeros(3), "logit_scale": torch.zeros(1), "logit_bias": torch.zeros(1),
@@ -140,7 +139,13 @@ def test_siglip_and_qwen2_directories(tmp_path, capsys):
     write(tmp_path / "siglip", tower, {"model_type": "siglip", "vision_config": TOWER})
     llm = {k.replace("language_model.", "model."): v for k, v in tensors.items() if k.startswith("language_model.")}
     write(tmp_path / "qwen2", llm, {**TEXT, "tie_word_embeddings": True})
-    loaded = VLM.from_pretrained(f"{tmp_path}/siglip+{tmp_path}/qwen2")
+    return f"{tmp_path}/siglip+{tmp_path}/qwen2"
+
+
+def test_siglip_and_qwen2_directories(tmp_path, capsys):
+    """Only the connector and the newline are new, and that is said."""
+    model = tiny.model(visor=False, tied=True)
+    loaded = VLM.from_pretrained(joined(tmp_path, model))
     assert "new: image_newline, multi_modal_projector" in capsys.readouterr().err
     theirs, ours = dict(loaded.named_parameters()), dict(model.named_parameters())
     same = {k for k in ours if torch.equal(ours[k], theirs[k])}

@@ -1,0 +1,283 @@
+"""Training on files: kills and resumes, several processes, faults, and that the loss is the plain one."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import learn
+import mixture
+import train
+from config import run
+from model import VLM
+from ranks import Ranks
+from tests import tiny, worlds
+from tests.test_loading import joined
+
+ROOT = Path(__file__).parent.parent
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A directory with data.json, a dense model and a VISOR."""
+    directory = tmp_path_factory.mktemp("world")
+    worlds.write(directory)
+    tiny.model(visor=False).save_pretrained(directory / "dense")
+    tiny.model().save_pretrained(directory / "visor")
+    return directory
+
+
+def words(world, out, *more, stage=2, model="visor"):
+    return [str(x) for x in ("--stage", stage, "--model", world / model, "--data", world / "data.json", "--out", out,
+                             "--batch-size", 8, "--pass-size", 3, "--lr", 0.001, "--workers", 0, *more)]
+
+
+def call(*words):
+    try:
+        run(lambda: train.main([str(w) for w in words]))
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+def log(out):
+    return [x for x in map(json.loads, open(out / "log.jsonl")) if "loss" in x]
+
+
+def weights(directory):
+    return dict(VLM.from_pretrained(directory).named_parameters())
+
+
+def source(world, out, **settings):
+    """(Conversations of the world, model)."""
+    model = VLM.from_pretrained(world / "visor").remove_router()
+    samples = mixture.Samples(world / "data.json", None, model.tokenizer, model.config)
+    s = {**train.AROUND, "batch_size": 12, "seed": 0, **settings}
+    return train.Conversations(model, samples, s, out, Ranks(torch.device("cpu"))), model
+
+
+def test_the_loss_and_its_gradient_are_the_plain_ones(world, tmp_path):
+    """Passes of 3, sorted and padded, chunked logits, against one sample at a time and its mean over all tokens."""
+    for sa in ((), (1,), (1, 4)):
+        conversations, model = source(world, tmp_path, pass_size=3)
+        items = next(conversations.batches(5))
+        assert len(items) == 12 and any(not x.prompt.pictures for _, x in items)
+        assert any(len(x.prompt.pictures) > 1 for _, x in items)
+        value = 0.0
+        for loss in conversations.losses(items, sa, 0):
+            loss.backward()
+            value += loss.item()
+        ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        losses = []
+        for _, x in items:
+            logits = model.head(model(data.collate([x.prompt]), sa))[0]
+            for i in range(1, len(x.labels)):
+                if x.labels[i] >= 0:
+                    losses.append(-logits[i - 1].log_softmax(-1)[x.labels[i]])
+        plain = torch.stack(losses).mean()
+        plain.backward()
+        assert value == pytest.approx(plain.item(), rel=1e-5) and conversations.tokens == sum(
+            x.prompt.end for _, x in items)
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                assert torch.allclose(ours[n], p.grad, atol=1e-4 * p.grad.abs().max() + 1e-7), n
+
+
+def test_chunks_of_the_loss_change_nothing():
+    model = tiny.model()
+    h, labels = torch.randn(2, 30, 64, requires_grad=True), torch.randint(-1, 259, (2, 30))
+    t_pos = torch.arange(30).repeat(2, 1)
+    t_pos[1, 11:] += 40  # a picture stands before token 11, which nobody can foretell
+    asked = labels[:, 1:] >= 0
+    asked[1, 10] = False
+    assert torch.equal(learn.due(labels, t_pos), asked)
+    plain = F.cross_entropy(model.head(h[:, :-1][asked]), labels[:, 1:][asked], reduction="sum")
+    wanted = torch.autograd.grad(plain, [h, model.lm_head.weight])
+    for chunk in (1, 7, 1000):
+        loss = learn.answer_loss(model, h, labels, t_pos, chunk)
+        assert torch.allclose(loss, plain, rtol=1e-5)
+        for a, b in zip(torch.autograd.grad(loss, [h, model.lm_head.weight]), wanted):
+            assert torch.allclose(a, b, atol=1e-4 * b.abs().max())
+
+
+def test_stage_1_moves_the_cross_attentions_alone(world, tmp_path):
+    assert call(*words(world, tmp_path, "--steps", 3, stage=1, model="dense")) == 0
+    before, after = weights(world / "dense"), weights(train.newest(tmp_path, [1]))
+    assert {n for n in after if n not in before or not torch.equal(before[n], after[n])} == {
+        n for n in after if ".cross." in n}
+
+
+def test_stage_0_of_a_joined_model_trains_its_connector(world, tmp_path):
+    name = joined(tmp_path, tiny.model(visor=False, tied=True))
+    assert call("--stage", 0, "--model", name, "--data", world / "data.json", "--out", tmp_path, "--steps", 3,
+                "--save-every", 1, "--keep", 3, "--batch-size", 4, "--workers", 0) == 0
+    first, last = (weights(tmp_path / f"stage0-{step:06}") for step in (1, 3))  # the connector starts at random
+    moved = {n for n in last if not torch.equal(first[n], last[n])}
+    assert moved == {"image_newline", *(n for n in last if n.startswith("multi_modal_projector."))}
+    read = weights(name)
+    assert all(torch.equal(read[n], last[n]) for n in read if n not in moved)
+
+
+def test_flags_that_change_the_way_but_not_the_result(world, tmp_path):
+    """Workers, activation checkpointing and smaller passes; compiled blocks are in test_compile."""
+    ways = {"plain": [], "workers": ["--workers", 2], "checkpointing": ["--checkpointing"], "pass": ["--pass-size", 1]}
+    for name, flags in ways.items():
+        assert call(*words(world, tmp_path / name, "--steps", 4, *flags)) == 0
+    plain = [x["loss"] for x in log(tmp_path / "plain")]
+    assert len(set(plain)) == 4
+    for name in ways:
+        same = [x["loss"] for x in log(tmp_path / name)]
+        assert same == (pytest.approx(plain, abs=1e-4) if name == "pass" else plain)
+
+
+def test_overfitting_one_batch(world, tmp_path, capsys):
+    assert call(*words(world, tmp_path, "--steps", 60, "--overfit", "--batch-size", 3, "--lr", 0.003, "--viable", "1,4",
+                       "--sample-every", 60)) == 0
+    assert log(tmp_path)[-1]["loss"] < 0.05
+    said = json.loads(open(tmp_path / "log.jsonl").readlines()[-1])
+    assert said["answer"] == said["wanted"] and said["question"] in capsys.readouterr().err
+
+
+# --- kills ---
+
+KILLER = """
+import os, signal, sys
+import train
+calls = []
+def deadly(real):
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == {at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return wrapper
+{where} = deadly({where})
+train.run(train.main)
+"""
+
+
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(world, tmp_path):
+    flags = words(world, tmp_path / "whole", "--steps", 24, "--save-every", 5, "--seed", 2)
+    assert call(*flags) == 0
+    flags[flags.index(str(tmp_path / "whole"))] = str(tmp_path / "parts")
+
+    def killed(code, *more):
+        done = subprocess.run([sys.executable, "-c", code, *flags, *more], cwd=ROOT, env=ONE_THREAD,
+                              capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    killed(KILLER.format(where="train.save_file", at=2))            # within a save: weights are there, moments not
+    assert [p.name for p in (tmp_path / "parts").glob("stage2*writing")]
+    killed(KILLER.format(where="train.os.replace", at=7), "--resume")  # at one of the renames of a save
+    killed(KILLER.format(where="train.rate", at=4), "--resume")     # between loss and update
+    for _ in range(2):                                              # and just anywhere
+        process = subprocess.Popen([sys.executable, "train.py", *flags, "--resume"], cwd=ROOT, env=ONE_THREAD,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process.stderr.readline()
+        time.sleep(random.uniform(0.0, 1.5))
+        process.kill()
+        process.wait()
+    assert call(*flags, "--resume") == 0
+    a, b = (log(tmp_path / x) for x in ("whole", "parts"))
+    assert [{**x, "seconds": 0} for x in a] == [{**x, "seconds": 0} for x in b]
+    a, b = (weights(train.newest(tmp_path / x, [2])) for x in ("whole", "parts"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert len(list((tmp_path / "parts").glob("stage2-*"))) == 2
+
+
+def test_another_file_is_not_gone_on_with(world, tmp_path, capsys):
+    flags = words(world, tmp_path / "out", "--steps", 4)
+    assert call(*flags) == 0
+    fewer = json.loads((world / "data.json").read_text())[:9]
+    (tmp_path / "other.json").write_text(json.dumps(fewer))
+    flags[flags.index(str(world / "data.json"))] = str(tmp_path / "other.json")
+    assert call(*flags, "--resume") == 2 and "24 samples" in capsys.readouterr().err
+
+
+# --- faults ---
+
+def test_faults_are_named_and_skipped_or_stop_the_run(world, tmp_path, capsys):
+    rows = json.loads((world / "data.json").read_text())
+    for i in (3, 11, 17):
+        rows[i]["conversations"][1]["value"] = ""
+    rows[5]["conversations"][0]["value"] += "long " * 500
+    for x in world.glob("*.png"):
+        (tmp_path / x.name).write_bytes(x.read_bytes())
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    shared = words(world, tmp_path / "a", "--steps", 9, "--max-tokens", 1000)
+    shared[shared.index(str(world / "data.json"))] = str(tmp_path / "data.json")
+    assert call(*shared) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("error: ") and "--max-bad" in err and "bad.jsonl" in err
+    assert call(*shared, "--resume", "--max-bad", 0.2) == 0  # nothing was lost
+    bad = [json.loads(line) for line in open(tmp_path / "a" / "bad.jsonl")]
+    assert sorted((x["number"], x["kind"]) for x in bad) == [(3, "empty answer"), (5, "too long"), (11, "empty answer"),
+                                                            (17, "empty answer")]
+    assert len(log(tmp_path / "a")) == 9 and all(x["loss"] > 0 for x in log(tmp_path / "a"))
+
+
+# --- several processes ---
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_learn_as_one(fsdp, world, tmp_path):
+    flags = words(world, tmp_path / "one", "--steps", 20, "--sample-every", 9, "--save-every", 10)
+    assert call(*flags) == 0
+    flags[flags.index(str(tmp_path / "one"))] = str(tmp_path / "two")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                str(random.randint(20000, 40000)), "train.py"]
+
+    def both(*more):
+        done = subprocess.run([*torchrun, *flags, *["--fsdp"] * fsdp, *more], cwd=ROOT, env=ONE_THREAD,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    both()
+    shutil.rmtree(train.newest(tmp_path / "two", [2]))  # and the second half once more, from the checkpoint between
+    both("--resume")
+    one, two = (log(tmp_path / x) for x in ("one", "two"))
+    assert len({tuple(x["sa"]) for x in one}) > 1 and [x["sa"] for x in one] == [x["sa"] for x in two]
+    assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], abs=1e-5)
+    assert [x["tokens"] for x in two] == [x["tokens"] for x in one]
+    a, b = (train.newest(tmp_path / x, [2]) for x in ("one", "two"))
+    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+    x, y = weights(a), weights(b)
+    assert all(torch.allclose(x[n], y[n], atol=1e-3) for n in x)
+
+
+def test_ranks_without_pictures_or_samples(world, tmp_path):
+    """A blank tile changes no loss, and one token stands for no samples at all."""
+    conversations, model = source(world, tmp_path)
+    conversations.ranks.many = True
+    text = [x for _, x in next(conversations.batches(0)) if not x.prompt.pictures]
+    for sa in ((), (1, 4)):
+        batch, labels = conversations.collate(text)
+        assert batch.v_pos.shape[1] == data.tiling(9, 9, model.config, alone=False).tokens
+        bare = data.collate([x.prompt for x in text])
+        learner = learn.Learner(model)
+        assert torch.allclose(learner(batch, labels, sa), learner(bare, labels, sa), rtol=1e-5)
+        learner(*conversations.collate([]), sa).backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("more, say", [
+    (["--fsdp"], "torchrun"), (["--max-tokens", 0], "--max-tokens"), (["--data", "no.json"], "no.json"),
+    (["--max-bad", -1], "--max-bad"), (["--label-rule", "x"], "--label-rule"), (["--keep", 0], "--keep")])
+def test_bad_input_is_one_line(more, say, world, tmp_path, capsys):
+    assert call(*words(world, tmp_path), *more) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("error: ") and say in err[-1]
+
+
+def test_files_need_a_model_and_a_stage(world, tmp_path, capsys):
+    for flags, say in ((["--stage", 2], "--model"), ([], "--stage")):
+        assert call("--data", world / "data.json", "--out", tmp_path, *flags) == 2
+        assert say in capsys.readouterr().err.splitlines()[-1]
