@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 import numpy as np
@@ -310,6 +311,41 @@ def order(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
+class Exam:
+    """What router.py examines, of a mixture: [(image, [(subset, question, answer)])], each image read when asked for.
+
+    The first questions about lone pictures, up to `most` of each file, drawn by seed; faults are passed over.
+    """
+
+    def __init__(self, samples, most, seed=0):
+        self.samples, self.numbers, first = samples, [], 0
+        for i, end in enumerate(samples.ends.tolist()):
+            left = most
+            for k in np.random.default_rng((seed, i)).permutation(end - first).tolist():
+                if left and self._question(first + k):
+                    self.numbers.append(first + k)
+                    left -= 1
+            first = end
+        if not self.numbers:
+            raise ValueError("the training file has no question about a single picture: give another one with --data")
+
+    def _question(self, i):
+        """(image, question, answer) of a sample, or None where it is not about one picture."""
+        try:
+            _, turns, images = self.samples.raw(i)
+        except Fault:
+            return None
+        question = turns[0].removeprefix(IMAGE).strip()
+        return (images[0], question, turns[1]) if images and len(images) == 1 and question else None
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, i):
+        image, question, answer = self._question(self.numbers[i])  # IndexError ends a loop over the exam
+        return image, [(self.samples.find(self.numbers[i])[0].path.stem, question, answer)]
+
+
 # --- looking at them -------------------------------------------------------------------------------------------------
 
 class Verdicts:
@@ -337,13 +373,14 @@ def check(samples, workers):
     counts = Counter(v.kind for v in verdicts if isinstance(v, Fault))
     lines = [f"{len(verdicts):,} samples: {len(good):,} can be learned from, {len(verdicts) - len(good):,} cannot"]
     if len(good):
-        lines.append(f"{(good[:, 1] == 0).sum():,} of them are text alone; tokens of a sample, median and most: "
-                     + ", ".join(f"{name} {int(np.median(x)):,} and {x.max():,}"
-                                 for name, x in zip(("text", "visual", "learned"), good.T)))
+        lines.append(f"{(good[:, 1] == 0).sum():,} of them are text alone; tokens of a sample:")
+        lines += [f"  {name:8} median {int(np.median(x)):6,}, at most {x.max():6,}"
+                  for name, x in zip(("text", "visual", "learned"), good.T)]
     for kind in KINDS:
         if counts[kind]:
             i, fault = next((i, v) for i, v in enumerate(verdicts) if isinstance(v, Fault) and v.kind == kind)
-            lines.append(f"{counts[kind]:9,}  {kind}, the first in {samples.where(i)}: {fault}")
+            lines.append(f"{counts[kind]:9,}  {kind}, for instance")
+            lines += wrap(f"{samples.where(i)}: {fault}", 79, initial_indent=" " * 11, subsequent_indent=" " * 11)
     return "\n".join(lines)
 
 

@@ -27,12 +27,14 @@ from flops import connector_flops, llm_flops, name, router_flops, tower_flops
 
 # --- examinations ---------------------------------------------------------------------------------------------------
 
-def batches(exam, config, batch_size=128):
-    """The exam's pictures by number, in lists of those with equally many visual tokens and questions."""
+def batches(exam, config, batch_size=128, tokens=1 << 14):
+    """The exam's pictures by number, in lists of those with equally many visual tokens and questions. A list has up to
+    batch_size pictures, and no more than `tokens` visual tokens unless it is one picture."""
     groups = {}
     for i, (image, asked) in enumerate(exam):
         groups.setdefault((data.tiling(*image.size, config).tokens, len(asked)), []).append(i)
-    return [g[i:i + batch_size] for g in groups.values() for i in range(0, len(g), batch_size)]
+    sizes = {key: max(1, min(batch_size, tokens // key[0])) for key in groups}
+    return [g[i:i + sizes[key]] for key, g in groups.items() for i in range(0, len(g), sizes[key])]
 
 
 @torch.no_grad()
@@ -203,8 +205,10 @@ def oracle(configurations, record):
 def pseudo_labels(configurations, records, per="task", leave_out=()):
     """[(picture, question, number of the configuration to choose)]. per: "task" (4.3) or "sample" (appendix D).
     leave_out: tasks that the router is not to learn from (appendix G)."""
-    if not set(leave_out) < {r["task"] for r in records}:
-        raise ValueError("--leave-out: no task is left to learn from")
+    tasks = {r["task"] for r in records}
+    if not set(leave_out) < tasks:
+        raise ValueError(f"--leave-out {' '.join(sorted(leave_out))}: leave out some, not all, of "
+                         f"{', '.join(sorted(tasks))}")
     by_task = labels_by_task(configurations, records)
     return [(r["picture"], r["question"], by_task[r["task"]] if per == "task" else oracle(configurations, r))
             for r in records if r["task"] not in leave_out]

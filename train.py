@@ -49,9 +49,10 @@ RECIPES = {  # of the miniature; batches of pictures with 10 questions or 30 sho
     0: dict(batch_size=24, steps=4200, lr=0.015, warmup=50, flat=0.6, words=1.0, rest_from=3200),
     1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, flat=0.5),
     2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, flat=0.5),
-    3: dict(batch_size=128, steps=300, lr=0.03, warmup=20, flat=0.5, quilts=500, labels="task", leave_out=()),
+    3: dict(batch_size=128, steps=300, lr=0.03, warmup=20, flat=0.5, questions=500, labels="task", leave_out=()),
 }
 RATES = {0: 1e-3, 1: 1e-4, 2: 1e-5}  # on training files, 128 samples a step (paper 5.1; 0 as LLaVA's first stage)
+ROUTER = dict(batch_size=16, steps=1000, lr=3e-3, warmup=20, flat=0.5, questions=500, labels="task", leave_out=())
 AROUND = dict(keep=2, workers=0, pass_size=4, max_bad=0.01, sample_every=0, dtype="float32", compile=False, fsdp=False,
               checkpointing=False, overfit=False)  # what does not belong to a recipe
 
@@ -220,11 +221,11 @@ def draw(viable, seed, step):
 
 def lessons(model, stage, out, s, samples, ranks):
     """What a stage learns from: batches by number, and their losses. For stage 3 the pseudo-labels are made first."""
-    if samples is not None:
+    if samples is not None and stage < 3:
         return Conversations(model, samples, s, out, ranks)
     if stage < 3:
         return Quilts(model, s["seed"], s["batch_size"], s["turns"], s.get("words", 0.0), s.get("rest_from", 0))
-    exam = toy.exam(s["seed"], s["quilts"], toy.TRAIN)
+    exam = mixture.Exam(samples, s["questions"], s["seed"]) if samples else toy.exam(s["seed"], s["questions"], toy.TRAIN)
     records = router.log_records(out / "labels.jsonl", model, exam)
     targets = router.pseudo_labels(model.config.viable, records, s["labels"], s["leave_out"])
     return router.Lessons(model, exam, targets, s["seed"], s["batch_size"])
@@ -298,7 +299,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, ranks=None
         mean = 0.95 * mean + 0.05 * value if mean else value
         if log:
             log.write(json.dumps({"stage": stage, "step": step + 1, "loss": value, "sa": list(sa),
-                                  **({"tokens": source.tokens} if samples else {}),
+                                  **({"tokens": source.tokens} if hasattr(source, "tokens") else {}),
                                   "seconds": round(time.perf_counter() - start, 2)}) + "\n")
             log.flush()
         if step % 10 == 9:
@@ -354,8 +355,8 @@ def parse(argv=None):
                    "given several times (default: the miniature's six, or by the number of layers)")
     p.add_argument("--labels", choices=("task", "sample"), help="stage 3: what the router is to choose, per task as "
                    "the paper (default), or the oracle's choice per sample")
-    p.add_argument("--leave-out", action="append", metavar="TASK", choices=list(toy.TASKS), help="stage 3: a "
-                   "task that the router does not learn from; may be given several times")
+    p.add_argument("--leave-out", action="append", metavar="TASK", help="stage 3: a task, of a mixture the name of a "
+                   "file, that the router does not learn from; may be given several times")
     p.add_argument("--label-rule", choices=("assistant", "llava"), help="what is learned of a conversation: answers "
                    "(default), or what LLaVA-OneVision learns, all markers and newlines too")
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest sample, text and vision; a longer one gets "
@@ -393,8 +394,10 @@ def parse(argv=None):
         p.error("the miniature trains in one process: give a training file with --data, or leave torchrun out")
     if args.fsdp and "WORLD_SIZE" not in os.environ:
         p.error("--fsdp shares a model out among processes: start them with torchrun --nproc-per-node N train.py ...")
-    if args.data != "toy" and args.stage in (None, 3):
-        p.error(f"--data {args.data}: give --stage 1 or 2, or 0 for a new connector")
+    if args.data != "toy" and args.stage is None:
+        p.error(f"--data {args.data}: give --stage 1, 2 or 3, or 0 for a new connector")
+    if args.stage == 3 and "WORLD_SIZE" in os.environ:
+        p.error("--stage 3 trains in one process: leave torchrun out")
     return args
 
 
@@ -424,6 +427,8 @@ def prepare(stage, args, model, samples):
     common = {**AROUND, "seed": args.seed, "save_every": 200, "dtype": "float32"}
     if samples is None:
         return {**common, **RECIPES[stage], "turns": args.turns, **given}
+    if stage == 3:
+        return {**common, **ROUTER, "samples": len(samples), **given}
     size = given.get("batch_size", 128)
     steps = given.get("steps", -(-len(samples) // size))
     return {**common, "workers": 2, "sample_every": 100, "batch_size": size, "steps": steps, "lr": RATES[stage],

@@ -149,6 +149,26 @@ def test_overfitting_one_batch(world, tmp_path, capsys):
     assert said["answer"] == said["wanted"] and said["question"] in capsys.readouterr().err
 
 
+def test_stage_3_on_a_mixture(world, tmp_path, capsys):
+    """Labels for each file of it; the first questions about lone pictures are the exam."""
+    (tmp_path / "mix.yaml").write_text("datasets:\n" + "".join(
+        f"  - json_path: {world / 'data.json'}\n    sampling_strategy: {s}\n" for s in ("first:12", "end:9")))
+    flags = ["--stage", 3, "--model", world / "routed", "--data", tmp_path / "mix.yaml", "--steps", 3, "--batch-size", 4]
+    model = tiny.model(visor=False).add_cross_attention((1, 2, 5), (0, 3), [(0,), (0, 3)])
+    model.save_pretrained(world / "routed")
+    assert call(*flags, "--out", tmp_path / "out") == 0
+    lines = [json.loads(x) for x in open(tmp_path / "out" / "labels.jsonl").readlines()[1:]]
+    rows = json.loads((world / "data.json").read_text())
+    lone = [x for x in rows[:12] + rows[15:] if "image" in x and (isinstance(x["image"], str) or len(x["image"]) == 1)]
+    assert sorted((x["question"], x["answer"]) for x in lines) == sorted(
+        (x["conversations"][0]["value"].removeprefix("<image>\n"), x["conversations"][1]["value"]) for x in lone)
+    before, after = weights(world / "routed"), weights(train.newest(tmp_path / "out", [3]))
+    assert {n for n in after if n not in before or not torch.equal(before[n], after[n])} == {
+        n for n in after if n.startswith("router.")}
+    assert call(*flags, "--out", tmp_path / "b", "--leave-out", "nothing") == 2
+    assert "leave out some" in capsys.readouterr().err
+
+
 # --- kills ---
 
 KILLER = """

@@ -214,7 +214,7 @@ def test_planted_faults_are_exactly_those_found(faulty):
     assert [x.kind if isinstance(x, Fault) else None for x in map(found.__getitem__, range(len(found)))] == kinds
     table = mixture.check(found, 0)
     assert f"{kinds.count(None)} can be learned from" in table.splitlines()[0]
-    counted = {m[2]: int(m[1]) for m in re.finditer(r"^ +(\d+)  ([a-z ]+), the first", table, re.MULTILINE)}
+    counted = {m[2]: int(m[1]) for m in re.finditer(r"^ +(\d+)  ([a-z ]+), for instance", table, re.MULTILINE)}
     assert counted == {k: n for k, n in Counter(kinds).items() if k} and set(counted) == set(mixture.KINDS)
 
 

@@ -405,7 +405,7 @@ SMALL = ["--batch-size", 6, "--steps", 3, "--exam", 2, "--save-every", 2]
 
 
 def test_stage_3_moves_the_router_alone_and_resumes(visor, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train.RECIPES, 3, {**train.RECIPES[3], "quilts": 2})
+    monkeypatch.setitem(train.RECIPES, 3, {**train.RECIPES[3], "questions": 2})
     words = ["--stage", 3, "--model", visor, *SMALL]
     assert call(train.main, *words, "--out", tmp_path / "a") == 0
     before, after = (dict(VLM.from_pretrained(d).named_parameters()) for d in (visor, tmp_path / "a/stage3-000003"))
@@ -417,14 +417,14 @@ def test_stage_3_moves_the_router_alone_and_resumes(visor, tmp_path, monkeypatch
     (tmp_path / "b").mkdir()
     lines = (tmp_path / "a/labels.jsonl").read_text()
     (tmp_path / "b/labels.jsonl").write_text(lines[:len(lines) // 2])
-    real, count = router.Lessons.loss, []
+    real, count = router.Lessons.losses, []
 
     def killed(*args):
         count.append(1)
         if len(count) == 2:
             train.signal.raise_signal(train.signal.SIGINT)
         return real(*args)
-    monkeypatch.setattr(router.Lessons, "loss", killed)
+    monkeypatch.setattr(router.Lessons, "losses", killed)
     assert call(train.main, *words, "--out", tmp_path / "b") == 130
     assert call(train.main, *words, "--out", tmp_path / "b", "--resume") == 0
     again = dict(VLM.from_pretrained(tmp_path / "b/stage3-000003").named_parameters())
