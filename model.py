@@ -134,6 +134,11 @@ class VLM(nn.Module):
         self.router = Policy(config) if config.router else None
         self.tokenizer = None
 
+    def blocks(self):
+        """The modules that repeat: what is compiled, sharded, or run twice to save memory, one by one."""
+        lm = self.language_model
+        return [*self.vision_tower.encoder["layers"], *lm.layers, *lm.cross.values()]
+
     # --- pictures to visual tokens ---
 
     def encode(self, pictures):
@@ -142,8 +147,8 @@ class VLM(nn.Module):
         tiles = torch.cat([torch.from_numpy(p.pixels) for p in pictures]).to(like.device, like.dtype)
         # 16 at a time bound the memory; in training it holds them all anyway, and ranks must call as often as others
         parts = tiles.split(len(tiles) if torch.is_grad_enabled() else 16)
-        features = [self.multi_modal_projector(self.vision_tower(x)) for x in parts]
-        features = torch.cat(features).split([p.tiling.tiles for p in pictures])
+        features = torch.cat([self.multi_modal_projector(self.vision_tower(x)) for x in parts])
+        features = features.split([p.tiling.tiles for p in pictures])
         return [self.arrange(f, p.tiling) for f, p in zip(features, pictures)]
 
     def arrange(self, tiles, tiling):
@@ -400,11 +405,8 @@ class VLM(nn.Module):
         if c.ca:
             raise ValueError(f"this model has cross-attention already, in layers {c.ca}: start from a dense one")
         c.ca, c.sa, c.viable = c.visor_layers(ca, sa, viable)
-        like = self.image_newline
         for l in c.ca:
-            cross = CrossAttention(c).to(like.device, like.dtype)
-            cross.start_from(self.language_model.layers[l])
-            self.language_model.cross[str(l)] = cross
+            self.start(f"language_model.cross.{l}", self.image_newline.dtype, self.image_newline.device)
         return self
 
     def add_router(self):
@@ -438,9 +440,8 @@ class VLM(nn.Module):
         return weights.load(cls, name, dtype, device)
 
     def save_pretrained(self, directory, tensors=None):
-        """Writes config.json, model.safetensors and tokenizer.json, beside first and then renamed.
-
-        tensors: all parameters by name, where the model has only its share of them (default: the model's own)."""
+        """Writes config.json, model.safetensors and tokenizer.json, beside first and then renamed. tensors: all
+        parameters by name, where the model itself has only a share of each."""
         weights.write(self, directory, tensors)
 
     def put(self, name, tensor):

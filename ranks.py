@@ -61,14 +61,9 @@ class Ranks:
         return learner, lambda last: nullcontext()
 
 
-def blocks(model):
-    """The modules that repeat: what is sharded, compiled and run twice, one by one."""
-    return [*model.vision_tower.encoder["layers"], *model.language_model.layers, *model.language_model.cross.values()]
-
-
 def shard(model):
     """FSDP2: each rank keeps its part of every weight, gradient and optimiser state."""
-    for block in blocks(model):
+    for block in model.blocks():
         fully_shard(block)
     fully_shard(model)
     register_fsdp_forward_method(model, "generate")

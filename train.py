@@ -38,7 +38,7 @@ from flops import name
 from learn import due, optimizers, rate
 from model import VLM
 from quilts import Quilts, fresh
-from ranks import Ranks, blocks, shard, whole
+from ranks import Ranks, shard, whole
 
 DENSE = Path(__file__).parent / "nano" / "dense"  # where the miniature starts from
 
@@ -48,13 +48,13 @@ USUAL = 9, (toy.SIDE * toy.CELL,) * 2  # text tokens of a question, size of its 
 RECIPES = {  # of the miniature; batches of pictures with 10 questions or 30 short ones each, in stage 3 of questions
     0: dict(batch_size=24, steps=4200, lr=0.015, warmup=50, flat=0.6, words=1.0, rest_from=3200),
     1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, flat=0.5),
-    2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, flat=0.5),
+    2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, flat=0.5, early=0.375),
     3: dict(batch_size=128, steps=300, lr=0.03, warmup=20, flat=0.5, questions=500, labels="task", leave_out=()),
 }
 RATES = {0: 1e-3, 1: 1e-4, 2: 1e-5}  # on training files, 128 samples a step (paper 5.1; 0 as LLaVA's first stage)
 ROUTER = dict(batch_size=16, steps=1000, lr=3e-3, warmup=20, flat=0.5, questions=500, labels="task", leave_out=())
 AROUND = dict(keep=2, workers=0, pass_size=4, max_bad=0.01, sample_every=0, dtype="float32", compile=False, fsdp=False,
-              checkpointing=False, overfit=False)  # what does not belong to a recipe
+              checkpointing=False, overfit=False, early=0)  # what does not belong to a recipe
 
 
 # --- training files ---------------------------------------------------------------------------------------------------
@@ -119,8 +119,8 @@ class Conversations:
         read = min(max((step + 1) * self.s["batch_size"], 1000), len(self.samples))
         if len(broken) > self.s["max_bad"] * read:
             raise ValueError(f"{len(broken)} of {read:,} samples cannot be used, more than --max-bad "
-                             f"{self.s['max_bad']:g}: mend them, or allow more; {self.out / 'bad.jsonl'} names all, the "
-                             f"last is {broken[-1]['sample']}: {broken[-1]['message']}")
+                             f"{self.s['max_bad']:g}: mend them, or allow more; {self.out / 'bad.jsonl'} names all, "
+                             f"the last is {broken[-1]['sample']}: {broken[-1]['message']}")
 
     def answer(self):
         """(question, the model's answer, the one to learn) of a sample of the last step, on every rank alike."""
@@ -211,11 +211,13 @@ def forget(file, stage, step):
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
-def draw(viable, seed, step):
-    """The configuration of a step (paper 4.2.3), the smallest and the largest twice as often as the others: they carry
-    most of the others' parts (the sandwich rule)."""
-    ends = [min(viable, key=len), max(viable, key=len)]
-    pool = [*viable, *(ends if len(viable) > 2 else [])]
+def draw(viable, seed, step, early=0):
+    """The configuration of a step (paper 4.2.3), the smallest twice and the largest three times as often as the others.
+
+    In the first `early` steps only these two, three to one for the largest: what it has learned before the others
+    come, it keeps."""
+    small, large = min(viable, key=len), max(viable, key=len)
+    pool = [small, large, large, large] if step < early else [*viable, small, large, large]
     return pool[np.random.default_rng((seed, step)).integers(len(pool))]
 
 
@@ -225,7 +227,8 @@ def lessons(model, stage, out, s, samples, ranks):
         return Conversations(model, samples, s, out, ranks)
     if stage < 3:
         return Quilts(model, s["seed"], s["batch_size"], s["turns"], s.get("words", 0.0), s.get("rest_from", 0))
-    exam = mixture.Exam(samples, s["questions"], s["seed"]) if samples else toy.exam(s["seed"], s["questions"], toy.TRAIN)
+    n, seed = s["questions"], s["seed"]
+    exam = mixture.Exam(samples, n, seed) if samples else toy.exam(seed, n, toy.TRAIN)
     records = router.log_records(out / "labels.jsonl", model, exam)
     targets = router.pseudo_labels(model.config.viable, records, s["labels"], s["leave_out"])
     return router.Lessons(model, exam, targets, s["seed"], s["batch_size"])
@@ -258,9 +261,9 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, ranks=None
         for file in ("log.jsonl", "bad.jsonl"):
             forget(out / file, stage, first)
     ranks.total(0)  # the others wait for that
-    for block in blocks(model) if s["checkpointing"] else ():
+    for block in model.blocks() if s["checkpointing"] else ():
         block.forward = partial(run_twice, block.forward, use_reentrant=False, preserve_rng_state=False)
-    for block in blocks(model) if s["compile"] else ():
+    for block in model.blocks() if s["compile"] else ():
         block.compile(dynamic=True)
     if s["fsdp"]:
         shard(model)
@@ -280,7 +283,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, ranks=None
         return save(out, model, opts, {**s, "stage": stage, "step": step}, s["keep"], ranks.rank)
     mixed = torch.autocast(ranks.device.type, torch.bfloat16, enabled=s["dtype"] == "bfloat16")
     for step in bar:
-        sa = tuple(range(c.layers)) if stage == 0 else draw(c.viable, s["seed"], step) if stage < 3 else c.viable[0]
+        sa = tuple(range(c.layers)) if stage == 0 else draw(c.viable, s["seed"], step, s["early"] * s["steps"])
         value = 0.0
         try:
             with mixed:
@@ -333,8 +336,8 @@ def parse(argv=None):
                    "alone, 2 everything, universal, 3 the router")
     p.add_argument("--model", metavar="NAME", help="what the (first) stage starts from (default: the newest earlier "
                    "stage in --out; for the miniature nano/dense, in stage 3 nano)")
-    p.add_argument("--data", default="toy", metavar="FILE", help="toy: the quilts of toy.py (default); or LLaVA's .json "
-                   "or .jsonl, or a mixture of them, .yaml or .json")
+    p.add_argument("--data", default="toy", metavar="FILE", help="toy: the quilts of toy.py (default); or LLaVA's "
+                   ".json or .jsonl, or a mixture of them, .yaml or .json")
     p.add_argument("--images", metavar="DIR", help="where the pictures' paths start (default: where each file is)")
     p.add_argument("--out", default="out", metavar="DIR", help="checkpoints, log.jsonl, bad.jsonl, table.json, "
                    "table.png (default: out)")
@@ -351,6 +354,8 @@ def parse(argv=None):
                    "stage 0, else 0)")
     p.add_argument("--rest-from", type=int, metavar="N", help="stage 0: from which step on layers rest while questions "
                    "are answered (default: 3200)")
+    p.add_argument("--early", type=float, metavar="F", help="stage 2: the share of the steps that comes first and "
+                   "trains the largest and the smallest configuration alone (default: 0, of the miniature 0.375)")
     p.add_argument("--viable", action="append", metavar="LAYERS", help="a configuration to train: none or 4,7; may be "
                    "given several times (default: the miniature's six, or by the number of layers)")
     p.add_argument("--labels", choices=("task", "sample"), help="stage 3: what the router is to choose, per task as "
@@ -387,7 +392,7 @@ def parse(argv=None):
             p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a number of at least 1")
     if args.lr is not None and not args.lr > 0:
         p.error(f"--lr {args.lr}: give a number above 0")
-    for flag in ("workers", "sample_every", "max_bad"):
+    for flag in ("workers", "sample_every", "max_bad", "early"):
         if getattr(args, flag) is not None and not getattr(args, flag) >= 0:
             p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 0 or more")
     if args.data == "toy" and (args.fsdp or "WORLD_SIZE" in os.environ):

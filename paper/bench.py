@@ -1,24 +1,42 @@
-"""How much of the saving in operations becomes a saving in time: LLM prefill of several configurations in one run.
+"""How fast, against what people use today: transformers' LLaVA-OneVision, ours dense, and VISOR's configurations.
 
-    python -m paper.bench
+    python -m paper.bench             every row, paper/results/bench-DEVICE.json and .png; about 20 minutes on 2 cores
+    python -m paper.bench --quick     5 tiles, a few rows, one round
+    python -m paper.bench --compare   --quick against that JSON: a ratio that fell by more than a fifth is an error
 
-The language model of the 0.5B geometry gets random weights; a 768 x 768 picture (5 tiles) stands in the prompt as in
-LLaVA-OneVision. Configurations take turns, so that a busy machine slows all of them alike; medians are printed, and
-one line of JSON at the end. (Paper, section 6, "Efficiency analysis".)
+Random weights of the 0.5B geometry. Systems take turns, so that a busy machine slows all alike; medians of the rounds.
+An encoder is timed once a round, and a row's end to end is encoder, prefill and the tokens generated. transformers runs
+without its generate(): its modules, one call a token, with sdpa. (Paper, section 6, "Efficiency analysis".)
 """
-import argparse
 import json
 import platform
+import re
 import statistics
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
-from config import PAPER_VIABLE, preset
-from data import tiling
-from flops import connector_flops, llm_flops, name, tower_flops
-from model import Connector, LanguageModel, VisionTower
+from config import PAPER_VIABLE, Parser, preset, run
+from data import Prompt, collate, picture, tiling
+from flops import answer_flops, cache_bytes, connector_flops, llm_flops, name, router_flops, tower_flops
+from model import VLM, Connector, LanguageModel, VisionTower, timed
 
+RESULTS = Path(__file__).parent / "results"
+TEXT, ANSWER = 40, 32                                    # tokens
+PICTURES = {1: None, 5: (768, 768), 10: (1152, 1152)}    # tiles: size of the picture; None: one of several, one tile
+SYSTEMS = {  # label: (configuration, packing)
+    "transformers": (None, 1), "dense": (tuple(range(24)), 1), "7": (PAPER_VIABLE[-1], 1), "4": ((1, 4, 7, 10), 1),
+    "2": ((1, 4), 1), "none": ((), 1), "2, packed": ((1, 4), 2), "2, routed": ("auto", 1)}
+QUICK = ("transformers", "dense", "2", "none")
+RATIOS = "over_transformers", "over_dense", "realised"   # what --compare looks at
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
 
 def machine():
     if torch.cuda.is_available():
@@ -32,14 +50,15 @@ def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def random_module(kind, config, dtype=torch.float32):
-    """A module with random weights, made without initialising it twice."""
-    with torch.device("meta"):
-        module = kind(config)
-    module = module.to_empty(device=device()).to(dtype).eval()
-    for p in module.parameters():
-        torch.nn.init.normal_(p, std=0.02)
-    return module
+def peak_bytes(reset=False):
+    """The most memory held since the last reset, of the process or of the CUDA device; at a reset, what is held."""
+    if device() == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 @torch.inference_mode()
@@ -52,6 +71,106 @@ def seconds(run, *args):
     return time.perf_counter() - start
 
 
+def matmul_rate(config, n=4096, dtype=torch.float32):
+    """FLOP/s of the language model's largest product over n tokens, median of 9."""
+    x, w = (torch.randn(m, config.hidden, device=device(), dtype=dtype) for m in (n, config.ffn))
+    times = [seconds(F.linear, x, w) for _ in range(12)][3:]
+    return 2 * n * config.hidden * config.ffn / statistics.median(times)
+
+
+def bandwidth(config, dtype=torch.float32):
+    """Bytes/s at which a vector meets a matrix as large as the output head, median of 9: what decoding is bound by."""
+    w = torch.randn(config.vocab, config.hidden, device=device(), dtype=dtype)
+    times = [seconds(F.linear, w[:1], w) for _ in range(12)][3:]
+    return w.numel() * w.element_size() / statistics.median(times)
+
+
+def random_module(kind, config, dtype=torch.float32):
+    """A module with random weights, made without initialising it twice."""
+    with torch.device("meta"):
+        module = kind(config)
+    module = module.to_empty(device=device()).to(dtype).eval()
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    return module
+
+
+# --- the systems ------------------------------------------------------------------------------------------------------
+
+class Ours:
+    """nanoVISOR; the vision tokens of a batch are made once and given to every configuration."""
+
+    def __init__(self, config, dtype):
+        config.ca, config.sa, config.viable = config.visor_layers()
+        config.router = True
+        self.model, self.dtype = random_module(VLM, config, dtype), dtype
+        self.model.tokenizer = SimpleNamespace(token_to_id=lambda token: -1)  # nothing ends an answer
+        self.real = self.model.encode
+
+    def prompts(self, tiles, batch):
+        """(Prompts of one picture each, a list of pictures)."""
+        c, size = self.model.config, PICTURES[tiles]
+        shown = picture(Image.new("RGB", size or (c.tile,) * 2, (90, 120, 60)), c, alone=size is not None)
+        before, n = min(14, TEXT - 1), shown.tiling.tokens
+        t_pos = [*range(before), *range(before + n, TEXT + n)]
+        prompt = Prompt(list(range(TEXT)), t_pos, list(range(before, before + n)), [shown], [TEXT + n])
+        return [prompt] * batch, [shown] * batch
+
+    @torch.no_grad()
+    def encode(self, pictures):
+        return self.real(pictures)
+
+    def answer(self, prompts, seen, sa, clock):
+        """Seconds of prefill and decode are added to clock."""
+        self.model.encode = lambda pictures: seen
+        self.model.generate(prompts, sa, max_tokens=ANSWER, clock=clock, allowed=[(1, 4)] if sa == "auto" else None)
+
+
+class Theirs:
+    """transformers' LLaVA-OneVision of the same geometry. Raises ImportError without it."""
+
+    def __init__(self, config, dtype):
+        from transformers import (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config,
+                                  SiglipVisionConfig)
+        c = config
+        vision = SiglipVisionConfig(hidden_size=c.vision_hidden, num_hidden_layers=c.vision_layers,
+                                    num_attention_heads=c.vision_heads, intermediate_size=c.vision_ffn,
+                                    image_size=c.tile, patch_size=c.patch, vision_use_head=False)
+        text = Qwen2Config(hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+                           num_key_value_heads=c.kv_heads, intermediate_size=c.ffn, vocab_size=c.vocab,
+                           tie_word_embeddings=True)
+        config = LlavaOnevisionConfig(vision_config=vision, text_config=text, tie_word_embeddings=True,
+                                      vision_feature_layer=-1, attn_implementation="sdpa")
+        self.model = LlavaOnevisionForConditionalGeneration(config).to(device(), dtype).eval()
+
+    @torch.no_grad()
+    def encode(self, pictures):
+        model, like = self.model.model, self.model.lm_head.weight
+        if pictures[0].tiling.canvas is None:
+            x = torch.cat([torch.from_numpy(p.pixels) for p in pictures]).to(like.device, like.dtype)
+            return list(model.multi_modal_projector(model.vision_tower(x, output_hidden_states=True).hidden_states[-1]))
+        x = torch.stack([torch.from_numpy(p.pixels) for p in pictures]).to(like.device, like.dtype)
+        sizes = torch.tensor([p.tiling.canvas[::-1] for p in pictures])
+        return list(self.model.get_image_features(x, sizes, output_hidden_states=True).pooler_output)
+
+    @torch.no_grad()
+    def answer(self, prompts, seen, sa, clock):
+        lm, head, before = self.model.model.language_model, self.model.lm_head, min(14, TEXT - 1)
+        ids = torch.tensor([p.ids for p in prompts], device=head.weight.device)
+        with timed(clock, "prefill", ids.device):
+            t = lm.embed_tokens(ids)
+            x = torch.cat([t[:, :before], torch.stack(seen), t[:, before:]], dim=1)
+            out = lm(inputs_embeds=x, use_cache=True)
+            token = head(out.last_hidden_state[:, -1:]).argmax(-1)
+        with timed(clock, "decode", ids.device):
+            for _ in range(ANSWER - 1):
+                out = lm(inputs_embeds=lm.embed_tokens(token), past_key_values=out.past_key_values, use_cache=True)
+                token = head(out.last_hidden_state[:, -1:]).argmax(-1)
+            token.tolist()
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
 def prefill_seconds(config, configurations, text, vision, repeat, dtype=torch.float32):
     """{configuration: [seconds of the language model's prefill, once a round]}; configurations take turns."""
     torch.manual_seed(0)
@@ -63,7 +182,7 @@ def prefill_seconds(config, configurations, text, vision, repeat, dtype=torch.fl
 
     def prefill(sa):
         h = llm(t, v, t_pos, v_pos, sa)[:, -1]
-        torch.nn.functional.linear(h, llm.embed_tokens.weight)
+        F.linear(h, llm.embed_tokens.weight)
     for sa in configurations:
         if len(sa) < config.layers:
             seconds(prefill, sa)  # warms up
@@ -72,13 +191,6 @@ def prefill_seconds(config, configurations, text, vision, repeat, dtype=torch.fl
         for sa in configurations:
             out[sa].append(seconds(prefill, sa))
     return out
-
-
-def matmul_rate(config, n=4096):
-    """FLOP/s of the language model's largest product over n tokens, median of 9."""
-    x, w = torch.randn(n, config.hidden, device=device()), torch.randn(config.ffn, config.hidden, device=device())
-    times = [seconds(torch.nn.functional.linear, x, w) for _ in range(12)][3:]
-    return 2 * n * config.hidden * config.ffn / statistics.median(times)
 
 
 def explain_seconds(config, configurations, text, vision, tiles, repeat=3):
@@ -96,34 +208,246 @@ def explain_seconds(config, configurations, text, vision, tiles, repeat=3):
          "counted": (fixed + llm_flops(config, sa, text, vision)) / rate} for sa in configurations]}
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--size", default="768x768", help="picture, WxH pixels (default: 768x768)")
-    p.add_argument("--text", type=int, default=40, help="text tokens (default: 40)")
-    p.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    args = p.parse_args()
+def measure(ours, theirs, labels, tiles, batch, rounds):
+    """{label: {"encoder": seconds, "prefill", "decode" (a token), "peak": bytes that answering takes on top of weights
+    and visual tokens}}: medians, for prompts of one picture."""
+    runs = {label: [] for label in labels}
+    for i in range(rounds + 1):  # the first warms up
+        encoded = {}
+        for label in labels if i % 2 else reversed(labels):
+            sa, pack = SYSTEMS[label]
+            system, key = (theirs, "theirs") if sa is None else (ours, pack)
+            if system is ours:
+                ours.model.config.pack = float(pack)
+            prompts, pictures = ours.prompts(tiles, batch)
+            clock = {}
+            if key not in encoded:
+                with timed(clock, "encoder", device()):
+                    seen = system.encode(pictures)
+                encoded[key] = clock["encoder"], seen
+            clock["encoder"], seen = encoded[key]
+            before = peak_bytes(reset=True)
+            system.answer(prompts, seen, sa, clock)
+            if i:
+                clock["decode"] /= ANSWER - 1
+                runs[label].append({**clock, "peak": peak_bytes() - before})
+    ours.model.config.pack = 1.0
+    return {label: {k: statistics.median(r[k] for r in found) for k in found[0]} for label, found in runs.items()}
 
-    config = preset("llava-ov-0.5b")
-    vision = tiling(*map(int, args.size.split("x")), config).tokens
-    configurations = [tuple(range(config.layers)), PAPER_VIABLE[-1], (1, 4, 7), (1, 4), ()]
-    times = prefill_seconds(config, configurations, args.text, vision, args.repeat, getattr(torch, args.dtype))
-    median = {sa: statistics.median(s) for sa, s in times.items()}
 
-    dense = configurations[0]
-    print(f"{machine()}, torch {torch.__version__}, {args.dtype}\n0.5B geometry, {vision} visual + {args.text} text "
-          f"tokens, prefill of the language model, median of {args.repeat}\n")
-    print(f"{'self-attention layers':24}{'GFLOP':>8}{'seconds':>9}{'fewer operations':>18}{'faster':>9}{'of it':>8}")
-    rows = []
-    for sa in configurations:
-        cost = llm_flops(config, sa, args.text, vision)
-        fewer, faster = llm_flops(config, dense, args.text, vision) / cost, median[dense] / median[sa]
-        print(f"{name(config, sa):24}{cost / 1e9:8.0f}{median[sa]:9.2f}{fewer:17.1f}x{faster:8.1f}x"
-              f"{faster / fewer:8.0%}")
-        rows.append({"sa": name(config, sa), "flop": cost, "seconds": times[sa], "fewer": fewer, "faster": faster})
-    print(json.dumps({"machine": machine(), "torch": torch.__version__, "dtype": args.dtype, "visual_tokens": vision,
-                      "text_tokens": args.text, "rows": rows}))
+def rows(config, found, tiles, batch, rate, speed, itemsize):
+    """What `measure` found, with what follows from it and from the operations that flops.py counts."""
+    out = []
+    for label, m in found.items():
+        sa, pack = SYSTEMS[label]
+        c = config
+        sa, routed = ((1, 4), True) if sa == "auto" else (tuple(range(c.layers)) if sa is None else sa, False)
+        c.pack = float(pack)
+        size = PICTURES[tiles]
+        vision = tiling(*(size or (c.tile,) * 2), c, alone=size is not None).tokens
+        llm = batch * (llm_flops(c, sa, TEXT, vision) + (router_flops(c, TEXT, vision) if routed else 0))
+        flop = llm + batch * (tower_flops(c, tiles) + connector_flops(c, tiles)
+                              + answer_flops(c, sa, TEXT, vision, ANSWER))
+        c.pack = 1.0
+        cache = batch * cache_bytes(c, sa, TEXT + ANSWER, vision, itemsize)
+        read = itemsize * sum(p for p in weights_read(c)) + cache  # by one step of decoding
+        total = m["encoder"] + m["prefill"] + (ANSWER - 1) * m["decode"]
+        out.append({"system": label, "tiles": tiles, "batch": batch, "visual_tokens": vision, **m, "total": total,
+                    "tokens_per_second": batch * (TEXT + vision + ANSWER) / total, "cache": cache, "llm_flop": llm,
+                    "matmul_share": flop / total / rate, "bandwidth_share": read / m["decode"] / speed})
+    by = {r["system"]: r for r in out}
+    for r in out:
+        for other in ("transformers", "dense"):
+            if other in by:
+                r[f"over_{other}"] = {k: by[other][k] / r[k] for k in ("encoder", "prefill", "decode", "total")}
+        if "dense" in by and r["system"] not in ("transformers", "dense"):
+            r["realised"] = by["dense"]["prefill"] / r["prefill"] / (by["dense"]["llm_flop"] / r["llm_flop"])
+    return out
+
+
+def weights_read(c):
+    """Parameters that decoding a token reads: the layers and the head; cross-attention's q and o."""
+    wide = c.heads * c.head_dim
+    yield c.layers * (c.hidden * (2 * wide + 2 * c.kv_heads * c.head_dim + 3 * c.ffn)) + c.vocab * c.hidden
+    yield len(c.ca) * 2 * c.hidden * wide
+
+
+def training(ours, config, tiles, batch, rate, dtype):
+    """Tokens/s of a training step, loss to update, and its operations as a share of the matmul rate: rows for dense
+    training, stage 1 and stage 2. An operation forward is two backward; of frozen weights one, of a frozen encoder
+    none."""
+    from learn import Learner, optimizers
+    from train import draw, trainable
+    model, out = ours.model.remove_router(), []
+    model.encode = ours.real
+    prompts, _ = ours.prompts(tiles, batch)
+    batch_of, labels = collate(prompts), torch.full((batch, TEXT), -1)
+    labels[:, -8:] = 7
+    for label, stage in (("dense", 2), ("stage 1", 1), ("stage 2", 2)):
+        trainable(model, stage)
+        opts, vision = optimizers(model, 1e-5, muon=False), len(prompts[0].v_pos)
+        learner, times, flop = Learner(model), [], []
+        peak_bytes(reset=True)
+        for step in range(4):
+            sa = tuple(range(config.layers)) if label == "dense" else draw(config.viable, 0, step)
+            encoder = tower_flops(config, tiles) + connector_flops(config, tiles)
+            flop.append(batch * (llm_flops(config, sa, TEXT, vision) * (2 if stage == 1 else 3)
+                                 + encoder * (1 if stage == 1 else 3)))
+            start = time.perf_counter()
+            with torch.autocast(device(), torch.bfloat16, enabled=dtype == torch.bfloat16):
+                (learner(batch_of, labels, sa) / batch).backward()
+            for opt, _, _ in opts.values():
+                opt.step()
+                opt.zero_grad()
+            if device() == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        spent = sum(times[1:])
+        out.append({"training": label, "tiles": tiles, "batch": batch, "seconds": spent / 3, "peak": peak_bytes(),
+                    "tokens_per_second": 3 * batch * (TEXT + vision) / spent,
+                    "matmul_share": sum(flop[1:]) / spent / rate})
+        del opts
+    return out
+
+
+# --- showing ----------------------------------------------------------------------------------------------------------
+
+def table(result):
+    """The rows as markdown, a table for each number of tiles and batch size."""
+    lines, found = [], result["rows"]
+    for key in dict.fromkeys((r["tiles"], r["batch"]) for r in found):
+        here = [r for r in found if (r["tiles"], r["batch"]) == key]
+        lines += ["", f"{key[0]} tiles, {here[0]['visual_tokens']:,} visual tokens, batch {key[1]}:", "",
+                  "| layers | encoder s | prefill s | token ms | in all s | faster | LLM faster | realised | matmul | "
+                  "bandwidth | KV MB |", "|---" * 11 + "|"]
+        for r in here:
+            over = r.get("over_transformers") or r.get("over_dense")
+            lines.append(f"| {r['system']} | {r['encoder']:.2f} | {r['prefill']:.3f} | {1000 * r['decode']:.1f} | "
+                         f"{r['total']:.2f} | {over['total']:.2f}x | {over['prefill']:.1f}x | "
+                         + (f"{r['realised']:.0%}" if "realised" in r else "-")
+                         + f" | {r['matmul_share']:.0%} | {r['bandwidth_share']:.0%} | {r['cache'] / 1e6:.0f} |")
+    if result.get("training"):
+        lines += ["", "| training | tiles | batch | s a step | tokens/s | matmul | GB |", "|---" * 7 + "|"]
+        lines += [f"| {r['training']} | {r['tiles']} | {r['batch']} | {r['seconds']:.2f} | "
+                  f"{r['tokens_per_second']:,.0f} | {r['matmul_share']:.0%} | {r['peak'] / 1e9:.1f} |"
+                  for r in result["training"]]
+    return "\n".join(lines).strip()
+
+
+def fallen(before, now, by=0.2):
+    """Lines about ratios of `now` that are more than `by` below those of the same rows before."""
+    old = {(r["system"], r["tiles"], r["batch"]): r for r in before["rows"]}
+    lines = []
+    for r in now["rows"]:
+        o = old.get((r["system"], r["tiles"], r["batch"]), {})
+        for ratio in RATIOS:
+            pairs = r.get(ratio, {}), o.get(ratio, {})
+            if not isinstance(pairs[0], dict):
+                pairs = {"": pairs[0]}, {"": pairs[1] or 0}
+            lines += [f"{r['system']}, {r['tiles']} tiles, batch {r['batch']}: {ratio} {k} {o:.2f} -> {pairs[0][k]:.2f}"
+                      for k, o in pairs[1].items() if k in pairs[0] and pairs[0][k] < (1 - by) * o]
+    return lines
+
+
+def plot(result, path):
+    """Two panels: seconds end to end, stacked; the language model's saving in operations against that in time."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    here = [r for r in result["rows"] if (r["tiles"], r["batch"]) == (5, 1)]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    start = [0.0] * len(here)
+    for part, colour in (("encoder", "#9aa5b1"), ("prefill", "#3b6ea8"), ("decode", "#e0883a")):
+        size = [r[part] * (ANSWER - 1 if part == "decode" else 1) for r in here]
+        left.barh([r["system"] for r in here], size, left=start, color=colour,
+                  label="31 tokens" if part == "decode" else part)
+        start = [a + b for a, b in zip(start, size)]
+    left.invert_yaxis()
+    left.set_xlabel("seconds, end to end")
+    left.legend()
+    dense = next(r for r in here if r["system"] == "dense")
+    for r in here:
+        if "realised" in r:
+            x, y = dense["llm_flop"] / r["llm_flop"], dense["prefill"] / r["prefill"]
+            right.plot(x, y, "o", color="#3b6ea8")
+            right.annotate(r["system"], (x, y), textcoords="offset points", xytext=(6, -4))
+    top = max(dense["llm_flop"] / r["llm_flop"] for r in here)
+    right.plot([1, top], [1, top], color="#9aa5b1", lw=1, label="every operation saved is time saved")
+    right.set(xscale="log", yscale="log", xlabel="fewer operations, LLM prefill, times", ylabel="faster, times")
+    right.legend()
+    figure.suptitle(f"{result['machine']}, {result['dtype']}, 5 tiles, batch 1", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    p = Parser(description="How fast, against transformers' LLaVA-OneVision and ours dense.")
+    p.add_argument("--tiles", type=int, action="append", choices=list(PICTURES), help="tiles of the picture; may be "
+                   "given several times (default: 1, 5, 10)")
+    p.add_argument("--batch", type=int, action="append", metavar="N", help="prompts at once; may be given several "
+                   "times (default: 1, on CUDA also powers of two as far as they fit)")
+    p.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: 3)")
+    p.add_argument("--quick", action="store_true", help="5 tiles, transformers, dense, 2 and no layers, one round")
+    p.add_argument("--compare", action="store_true", help="--quick, then against the JSON of this kind of device; exit "
+                   "status 1 if a ratio is more than 20 %% lower")
+    p.add_argument("--compile", action="store_true", help="ours with each block compiled")
+    p.add_argument("--plot", action="store_true", help="only draw the JSON of this kind of device again")
+    args = p.parse_args(argv)
+    committed = RESULTS / f"bench-{device()}.json"
+    if (args.plot or args.compare) and not committed.is_file():
+        p.error(f"{committed} is missing: make it with python -m paper.bench")
+    if args.plot:
+        return plot(json.loads(committed.read_text()), committed.with_suffix(".png"))
+    quick = args.quick or args.compare
+    sizes = args.tiles or ([5] if quick else list(PICTURES))
+    result = bench(preset("llava-ov-0.5b"), QUICK if quick else tuple(SYSTEMS), sizes, args.batch or [1],
+                   1 if quick else args.rounds, args.compile, train=not quick,
+                   grow=device() == "cuda" and not args.batch and not quick)
+    print(f"{result['machine']}, torch {result['torch']}, transformers {result['transformers']}, {result['dtype']}\n"
+          f"matmul {result['matmul'] / 1e9:,.0f} GFLOP/s, bandwidth {result['bandwidth'] / 1e9:,.1f} GB/s\n\n"
+          + table(result) + "\n")
+    if not quick:
+        committed.write_text(json.dumps(result, indent=1) + "\n")
+        plot(result, committed.with_suffix(".png"))
+    print(json.dumps(result))
+    if args.compare and (lines := fallen(json.loads(committed.read_text()), result)):
+        print("\n".join(lines), file=sys.stderr)
+        raise SystemExit(1)
+
+
+def bench(config, labels, sizes, batches, rounds, compiled=False, train=True, grow=False):
+    """All rows; the JSON object that main prints. grow: go on doubling the batch as long as it fits."""
+    dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+    rate, speed, version = matmul_rate(config, dtype=dtype), bandwidth(config, dtype), None
+    ours = Ours(config, dtype)
+    try:
+        theirs = Theirs(config, dtype) if "transformers" in labels else None
+        from transformers import __version__ as version
+    except ImportError:
+        print("transformers is not installed, its row is left out: pip install transformers", file=sys.stderr)
+        labels, theirs = [x for x in labels if x != "transformers"], None
+    for block in ours.model.blocks() if compiled else ():
+        block.compile(dynamic=True)
+    found = []
+    for tiles in sizes:
+        todo = list(batches)
+        while todo:
+            batch = todo.pop(0)
+            print(f"{tiles} tiles, batch {batch}", file=sys.stderr)
+            try:
+                measured = measure(ours, theirs, labels, tiles, batch, rounds)
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                break
+            found += rows(config, measured, tiles, batch, rate, speed, 2 if dtype == torch.bfloat16 else 4)
+            if grow and not todo:
+                todo.append(2 * batch)
+    del theirs
+    trained = training(ours, config, 5 if device() == "cuda" else 1, 1, rate, dtype) if train else []
+    return {"command": "python -m paper.bench", "machine": machine(), "torch": torch.__version__,
+            "transformers": version, "dtype": str(dtype)[6:], "text": TEXT, "answer": ANSWER, "matmul": rate,
+            "bandwidth": speed, "compiled": compiled, "rows": found, "training": trained}
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

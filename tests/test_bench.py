@@ -1,0 +1,75 @@
+"""paper/bench.py on a model so small that it is about the program, not about time."""
+import copy
+import json
+
+import pytest
+import torch
+
+from flops import cache_bytes, llm_flops
+from paper import bench
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def result():
+    config = tiny.config(layers=24, tile=384, patch=96, tied=True)
+    return bench.bench(config, tuple(bench.SYSTEMS), [1, 5], [1], rounds=1)
+
+
+def test_rows_are_complete_and_say_what_they_should(result):
+    json.dumps(result)
+    assert [r["system"] for r in result["rows"]] == 2 * list(bench.SYSTEMS)
+    c = tiny.config(layers=24, tile=384, patch=96)
+    c.ca, c.sa, c.viable = c.visor_layers()
+    for r in result["rows"]:
+        assert all(r[k] > 0 for k in ("encoder", "prefill", "decode", "total", "tokens_per_second", "matmul_share"))
+        assert r["total"] == pytest.approx(r["encoder"] + r["prefill"] + 31 * r["decode"])
+        side = 16 if "packed" not in r["system"] else 9
+        if r["tiles"] == 5 and "packed" not in r["system"]:
+            assert r["visual_tokens"] == side + 8 * (8 + 1)
+        if r["system"] == "2":
+            assert r["cache"] == r["batch"] * cache_bytes(c, (1, 4), 72, r["visual_tokens"], 4)
+            assert r["llm_flop"] == r["batch"] * llm_flops(c, (1, 4), 40, r["visual_tokens"])
+            dense = next(x for x in result["rows"] if x["system"] == "dense" and x["tiles"] == r["tiles"]
+                         and x["batch"] == r["batch"])
+            assert r["over_dense"]["prefill"] == pytest.approx(dense["prefill"] / r["prefill"])
+            assert r["realised"] == pytest.approx(dense["prefill"] / r["prefill"] * r["llm_flop"] / dense["llm_flop"])
+    assert [t["training"] for t in result["training"]] == ["dense", "stage 1", "stage 2"]
+
+
+def test_both_models_do_the_same_work(result):
+    """Theirs and ours dense see equally many visual tokens, for one tile and for a grid."""
+    config = tiny.config(layers=24, tile=384, patch=96, tied=True)
+    ours, theirs = bench.Ours(config, torch.float32), bench.Theirs(config, torch.float32)
+    for tiles in (1, 5):
+        prompts, pictures = ours.prompts(tiles, 2)
+        a, b = ours.encode(pictures), theirs.encode(pictures)
+        assert len(a) == len(b) == 2 and abs(a[0].shape[0] - b[0].shape[0]) <= 1 and a[0].shape[1] == b[0].shape[1]
+
+
+def test_a_fall_is_seen_and_noise_is_not(result):
+    worse = copy.deepcopy(result)
+    assert bench.fallen(result, worse) == []
+    row = next(r for r in worse["rows"] if r["system"] == "2" and r["tiles"] == 5)
+    row["over_dense"]["prefill"] *= 0.85
+    assert bench.fallen(result, worse) == []
+    row["over_dense"]["prefill"] *= 0.9
+    row["realised"] *= 0.7
+    lines = bench.fallen(result, worse)
+    assert len(lines) == 2 and "over_dense prefill" in lines[0] and "realised" in lines[1]
+
+
+def test_table_and_plot(result, tmp_path):
+    text = bench.table(result)
+    assert text.count("\n| none |") == 2 and "| stage 2 |" in text
+    bench.plot(result, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10000
+
+
+def test_without_transformers_its_row_is_left_out(monkeypatch, capsys):
+    def missing(*_):
+        raise ImportError
+    monkeypatch.setattr(bench, "Theirs", missing)
+    config = tiny.config(layers=24, tile=384, patch=96, tied=True)
+    rows = bench.bench(config, ("transformers", "dense", "2"), [1], [1], rounds=1, train=False)["rows"]
+    assert [r["system"] for r in rows] == ["dense", "2"] and "pip install transformers" in capsys.readouterr().err
