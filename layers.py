@@ -180,7 +180,10 @@ class Block(nn.Module):
 
     def forward(self, x, at, kv=None, context=None, trace=None):
         h = self.input_layernorm(x)
-        x = x + self.self_attn(h, h if context is None else self.input_layernorm(context), at, kv, trace)
+        return self.feed(x + self.self_attn(h, h if context is None else self.input_layernorm(context), at, kv, trace))
+
+    def feed(self, x):
+        """The second half, in which no token sees another."""
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

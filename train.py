@@ -263,8 +263,8 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, ranks=None
     ranks.total(0)  # the others wait for that
     for block in model.blocks() if s["checkpointing"] else ():
         block.forward = partial(run_twice, block.forward, use_reentrant=False, preserve_rng_state=False)
-    for block in model.blocks() if s["compile"] else ():
-        block.compile(dynamic=True)
+    if s["compile"]:
+        model.compile()
     if s["fsdp"]:
         shard(model)
     opts = optimizers(model, s["lr"], muon=samples is None)
@@ -370,8 +370,7 @@ def parse(argv=None):
                    "used (default: 0.01)")
     p.add_argument("--workers", type=int, metavar="N", help="processes that read ahead (default: 2; 0: none)")
     p.add_argument("--overfit", action="store_true", help="the first step's samples again and again")
-    p.add_argument("--sample-every", type=int, metavar="N", help="steps between answers to look at (default: 100; 0: "
-                   "none)")
+    p.add_argument("--sample-every", type=int, metavar="N", help="steps between shown answers (default: 100; 0: never)")
     p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 200)")
     p.add_argument("--keep", type=int, metavar="K", help="checkpoints of a stage to keep (default: 2)")
     p.add_argument("--exam", type=int, default=250, metavar="N", help="held-out questions a task for the table "
@@ -380,7 +379,7 @@ def parse(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default: "
                    "bfloat16 on CUDA, else float32)")
-    p.add_argument("--compile", action="store_true", help="compile each block with torch.compile")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks (see VLM.compile)")
     p.add_argument("--checkpointing", action="store_true", help="keep only the blocks' inputs and run them twice: "
                    "less memory, a third more time")
     p.add_argument("--fsdp", action="store_true", help="under torchrun: share weights and optimiser states out too")

@@ -426,8 +426,8 @@ def bench(config, labels, sizes, batches, rounds, compiled=False, train=True, gr
     except ImportError:
         print("transformers is not installed, its row is left out: pip install transformers", file=sys.stderr)
         labels, theirs = [x for x in labels if x != "transformers"], None
-    for block in ours.model.blocks() if compiled else ():
-        block.compile(dynamic=True)
+    if compiled:
+        ours.model.compile()
     found = []
     for tiles in sizes:
         todo = list(batches)
