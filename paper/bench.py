@@ -1,6 +1,6 @@
 """How fast, against what people use today: transformers' LLaVA-OneVision, ours dense, and VISOR's configurations.
 
-    python -m paper.bench             every row, paper/results/bench-DEVICE.json and .png; about 20 minutes on 2 cores
+    python -m paper.bench             every row, paper/results/bench-DEVICE.json and .png; about 35 minutes on 2 cores
     python -m paper.bench --quick     5 tiles, a few rows, one round
     python -m paper.bench --compare   --quick against that JSON: a ratio that fell by more than a fifth is an error
 
@@ -208,11 +208,11 @@ def explain_seconds(config, configurations, text, vision, tiles, repeat=3):
          "counted": (fixed + llm_flops(config, sa, text, vision)) / rate} for sa in configurations]}
 
 
-def measure(ours, theirs, labels, tiles, batch, rounds):
+def measure(ours, theirs, labels, tiles, batch, rounds, warm=True):
     """{label: {"encoder": seconds, "prefill", "decode" (a token), "peak": bytes that answering takes on top of weights
-    and visual tokens}}: medians, for prompts of one picture."""
+    and visual tokens}}: medians, for prompts of one picture. warm: after a round that does not count."""
     runs = {label: [] for label in labels}
-    for i in range(rounds + 1):  # the first warms up
+    for i in range(0 if warm else 1, rounds + 1):
         encoded = {}
         for label in labels if i % 2 else reversed(labels):
             sa, pack = SYSTEMS[label]
@@ -439,7 +439,8 @@ def bench(config, labels, sizes, batches, rounds, compiled=False, train=True, gr
             batch = todo.pop(0)
             print(f"{tiles} tiles, batch {batch}", file=sys.stderr)
             try:
-                measured = measure(ours, theirs, labels, tiles, batch, rounds)
+                measured = measure(ours, theirs, labels, tiles, batch, rounds,
+                                   warm=device() == "cuda" or not found)  # there a new shape has to find its kernels
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 break
