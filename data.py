@@ -94,9 +94,9 @@ def tiling(width, height, config, alone=True, most=None):
 
 def load_image(path):
     """An RGB PIL image, turned upright by its EXIF tag. Raises Fault with one line about the file."""
-    if not Path(path).is_file():
-        raise Fault("missing picture", f"{path}: no such picture; check the path")
     try:
+        if not Path(path).is_file():
+            raise Fault("missing picture", f"{path}: no such picture; check the path")
         with Image.open(path) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
@@ -105,7 +105,9 @@ def load_image(path):
     except Image.UnidentifiedImageError:
         raise Fault("broken picture",
                     f"{path}: not a picture that Pillow can read; give a PNG, JPEG, WebP, ...") from None
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as e:  # what Pillow raises on broken files
+    except Fault:
+        raise
+    except Exception as e:  # Pillow raises nearly anything on broken files
         raise Fault("broken picture", f"{path}: broken picture ({e}); get it again") from None
 
 

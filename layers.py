@@ -372,7 +372,7 @@ class KV:
             more = top + 256 - self.k.shape[1]
             self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.k, self.v))
         rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[rows, slots], self.v[rows, slots] = k, v
+        self.k[rows, slots], self.v[rows, slots] = k.to(self.k.dtype), v.to(self.v.dtype)  # under autocast
         return self.k[:, :top], self.v[:, :top]
 
 

@@ -139,24 +139,25 @@ def entries(path):
     if path.suffix in (".yaml", ".yml"):
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             line = re.sub(r"(^|\s)#.*", "", line).rstrip()
-            match = re.fullmatch(r"""\s*(-\s+)?(\w+):\s*(?:"(.*)"|'(.*)'|(.*))""", line)
-            if line.strip() in ("", "---", "-"):
+            dash, line = re.fullmatch(r"\s*(-(?=\s|$))?\s*(.*)", line).groups()
+            if dash:
+                found.append({})
+            if line in ("", "---"):
                 continue
+            match = re.fullmatch(r"""(\w+):\s*(?:"(.*)"|'(.*)'|(.*))""", line)
             if not match:
                 raise ValueError(f"{path}, line {i}: give `- json_path: FILE` or `sampling_strategy: all`")
-            key, value = match[2], next((x for x in match.groups()[2:] if x is not None), "")
-            if key == "json_path":
-                found.append({})
-            if key != "datasets" and found:
-                found[-1][key] = value
+            if match[1] != "datasets" and found:
+                found[-1][match[1]] = next(x for x in match.groups()[1:] if x is not None)
     elif path.suffix == ".json" and open(path, "rb").read(64).lstrip()[:1] == b"{":
+        with open(path, "rb") as file:
+            if b'"conversations"' in file.readline():  # one sample a line, whatever the name says
+                return [(path, "all")]
         try:
             found = json.loads(path.read_text(encoding="utf-8"))["datasets"]
         except (ValueError, KeyError, TypeError):
-            if not any("conversations" in line for line in open(path, encoding="utf-8", errors="replace")):
-                raise ValueError(f"{path}: neither samples nor a mixture; a mixture has datasets: "
-                                 '[{"json_path": ...}]') from None
-            found = [{"json_path": str(path)}]  # one sample a line, whatever the name says
+            raise ValueError(f"{path}: neither samples nor a mixture; a mixture has datasets: "
+                             '[{"json_path": ...}]') from None
     else:
         return [(path, "all")]
     strange = {key for entry in found for key in entry} - {"json_path", "sampling_strategy"}
@@ -228,8 +229,8 @@ class Samples:
             return self.sample(i)
         except Fault as fault:
             return fault
-        except ValueError as e:
-            return Fault("malformed line", str(e))
+        except Exception as e:  # whatever a file holds, one sample does not end a training
+            return Fault("malformed line", f"{type(e).__name__}: {e}")
 
     def sample(self, i):
         system, turns, images = self.raw(i)
@@ -314,11 +315,12 @@ def order(n, seed, epoch):
 class Exam:
     """What router.py examines, of a mixture: [(image, [(subset, question, answer)])], each image read when asked for.
 
-    The first questions about lone pictures, up to `most` of each file, drawn by seed; faults are passed over.
+    The first questions about lone pictures, up to `most` of each file, drawn by seed. Faults are passed over, and said
+    on stderr.
     """
 
     def __init__(self, samples, most, seed=0):
-        self.samples, self.numbers, first = samples, [], 0
+        self.samples, self.numbers, self.faults, first = samples, [], {}, 0
         for i, end in enumerate(samples.ends.tolist()):
             left = most
             for k in np.random.default_rng((seed, i)).permutation(end - first).tolist():
@@ -326,14 +328,20 @@ class Exam:
                     self.numbers.append(first + k)
                     left -= 1
             first = end
+        said = f"{len(self.faults)} samples cannot be used, " + next((f"as {x}" for x in self.faults.values()), "")
         if not self.numbers:
-            raise ValueError("the training file has no question about a single picture: give another one with --data")
+            raise ValueError("no question about a single picture in the training file: give another one with --data; "
+                             + said)
+        if self.faults:
+            print(said, file=sys.stderr)
+        self.paths = {samples.find(i)[0].path for i in self.numbers}
 
     def _question(self, i):
         """(image, question, answer) of a sample, or None where it is not about one picture."""
         try:
             _, turns, images = self.samples.raw(i)
-        except Fault:
+        except Fault as fault:
+            self.faults[i] = f"{self.samples.where(i)}: {fault}"
             return None
         question = turns[0].removeprefix(IMAGE).strip()
         return (images[0], question, turns[1]) if images and len(images) == 1 and question else None
@@ -343,7 +351,19 @@ class Exam:
 
     def __getitem__(self, i):
         image, question, answer = self._question(self.numbers[i])  # IndexError ends a loop over the exam
-        return image, [(self.samples.find(self.numbers[i])[0].path.stem, question, answer)]
+        return image, [(self._subset(self.numbers[i]), question, answer)]
+
+    def _subset(self, i):
+        """The file's name, or its path where two have the same."""
+        path = self.samples.find(i)[0].path
+        return path.stem if len({p.stem for p in self.paths}) == len(self.paths) else str(path.with_suffix(""))
+
+    def usual(self):
+        """({"all": subsets}, text tokens and picture size of the first question): what router.Report wants to know."""
+        image, [(_, question, _)] = self[0]
+        tokens = self.samples.tokenizer.encode(data.chatml([question]), add_special_tokens=False).ids
+        subsets = dict.fromkeys(map(self._subset, self.numbers))
+        return {"all": list(subsets)}, len(tokens), image.size
 
 
 # --- looking at them -------------------------------------------------------------------------------------------------

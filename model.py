@@ -141,8 +141,7 @@ class VLM(nn.Module):
 
     def blocks(self):
         """The modules that repeat: what is sharded, or run twice to save memory, one by one."""
-        lm = self.language_model
-        return [*self.vision_tower.encoder["layers"], *lm.layers, *lm.cross.values()]
+        return [*self.vision_tower.encoder["layers"], *self.language_model.layers, *self.language_model.cross.values()]
 
     def compile(self, **how):
         """torch.compile for SigLIP's blocks and the second half of Qwen2's: no mask, no cache, so that a graph serves
@@ -186,7 +185,7 @@ class VLM(nn.Module):
         v = t.new_zeros(*v_pos.shape, self.config.hidden)
         pictures = [p for row in batch.pictures for p in row]
         if pictures:
-            with timed(clock, "encoder", device):
+            with timed(clock, "encoder", device, out_of="prefill"):
                 features = iter(self.encode(pictures))
             rows = [torch.cat([v[0, :0], *(next(features) for _ in row)]) for row in batch.pictures]
             v = torch.stack([F.pad(row, (0, 0, 0, v.shape[1] - len(row))) for row in rows])
@@ -206,9 +205,8 @@ class VLM(nn.Module):
             with timed(clock, "prefill", self.image_newline.device):
                 h = [(rows, self.language_model.finish(part, own)) for rows, own, part in parts]
                 return torch.cat([x for _, x in h])[torch.cat([rows for rows, _ in h]).argsort()]
-        t, v, t_pos, v_pos = self.embed(batch, clock)
-        with timed(clock, "prefill", t.device):
-            return self.language_model(t, v, t_pos, v_pos, sa, cache, trace, states)
+        with timed(clock, "prefill", self.image_newline.device):
+            return self.language_model(*self.embed(batch, clock), sa, cache, trace, states)
 
     def head(self, h):
         """Hidden states (..., d) -> logits (..., vocab)."""
@@ -232,10 +230,11 @@ class VLM(nn.Module):
 
     def read(self, batch, sa, cache=None, clock=None):
         """A data.Batch as a Part before the first layer. sa: as in `options`; a cache knows its own configurations."""
-        t, v, t_pos, v_pos = self.embed(batch, clock)
-        if sa == "auto" and cache is None:  # the routing token needs the keys and values of what stands before it
-            cache = self.new_cache(len(t), sa, t.shape[1] + 1, v.shape[1])
-        return Part(t, v, t_pos, v_pos, cache.configurations if cache else self.options(sa), cache, self.config)
+        with timed(clock, "prefill", self.image_newline.device):
+            t, v, t_pos, v_pos = self.embed(batch, clock)
+            if sa == "auto" and cache is None:  # the routing token needs keys and values of what stands before it
+                cache = self.new_cache(len(t), sa, t.shape[1] + 1, v.shape[1])
+            return Part(t, v, t_pos, v_pos, cache.configurations if cache else self.options(sa), cache, self.config)
 
     def split(self, part, sa, asks, clock=None, allowed=None, trace=None):
         """[(samples, configuration, Part of these samples)], as far as all of them go together.
@@ -268,15 +267,16 @@ class VLM(nn.Module):
         """
         c, scores = self.config, self.policy(part, asks, trace)
         barred = torch.tensor([allowed is not None and own not in allowed for own in c.viable], device=scores.device)
-        likely = scores.masked_fill(barred, float("-inf")).softmax(-1).amax(1) >= DOUBT  # by any question of a prompt
-        cost = torch.tensor([llm_flops(c, own, 1, 1000) for own in c.viable], device=scores.device)
-        return [c.viable[i] for i in torch.where(likely, cost, -1).argmax(-1).tolist()]
+        p = scores.float().masked_fill(barred, float("-inf")).softmax(-1).amax(1)  # over the questions of a prompt
+        cost = [llm_flops(c, own, 1, 1000) for own in c.viable]
+        rank = torch.tensor([sorted(set(cost)).index(x) for x in cost], device=p.device)  # equal ones: the likelier
+        return [c.viable[i] for i in torch.where(p >= DOUBT, rank + p / 2, -1).argmax(-1).tolist()]
 
     def policy(self, part, asks, trace=None):
         """Scores of the viable configurations, (B, K, viable), for up to K questions in each prompt.
 
         Takes the part to the first layer that may be skipped. The routing token follows on a copy of the cache: it
-        sees what stands before, nobody sees it. asks: the positions of each sample's answers; the last fills up to K.
+        sees what stands before, nobody sees it. asks: the positions of each sample's answers, the last fills up to K.
         """
         lm, c = self.language_model, self.config
         lm.run(part, c.viable[0], stop=c.fork, trace=trace)
@@ -303,8 +303,7 @@ class VLM(nn.Module):
         sa: a configuration, a list with one for each prompt, or "auto"; allowed: those that the router may choose.
         temperature 0 is greedy; otherwise tokens are drawn from the smallest set with probability top_p, repeatable
         by `seed`. cache: the prompts go on from what it holds. on_token(i, id) is called for each token as it comes.
-        clock: a dict to which the seconds of "encoder", "prefill" and "decode" are added.
-        routes: a list that receives the configuration of each prompt.
+        clock: a dict that gains seconds of "encoder", "prefill", "decode". routes: a list, each prompt's configuration.
         """
         batch, device = collate(prompts), self.image_newline.device
         if not isinstance(sa, (list, str)):
@@ -317,24 +316,23 @@ class VLM(nn.Module):
             group = rows.tolist()
             with timed(clock, "prefill", device):
                 h = self.language_model.finish(part, own, trace)
-                h = h[torch.arange(len(h)), [len(prompts[i].ids) - 1 for i in group]]  # only these need the head
+                logits = self.head(h[torch.arange(len(h)), [len(prompts[i].ids) - 1 for i in group]])
                 part.cache.keep(part)
             pos = torch.tensor([[prompts[i].end] for i in group], device=device)
             say = on_token and (lambda i, token, group=group: on_token(group[i], token))
             with timed(clock, "decode", device):
                 draw = partial(choose, temperature=temperature, top_p=top_p,
                                random=torch.Generator(device).manual_seed(seed))
-                for i, answer in zip(group, self._decode(h, pos, own, part.cache, max_tokens, draw, say, trace)):
+                for i, answer in zip(group, self._decode(logits, pos, own, part.cache, max_tokens, draw, say, trace)):
                     answers[i], told[i] = answer, own
         return answers
 
-    def _decode(self, h, pos, sa, cache, max_tokens, draw, on_token, trace):
-        """The answers that follow hidden states h (B, d), token by token from the positions pos (B, 1) on."""
-        answers, running = [[] for _ in h], set(range(len(h)))
+    def _decode(self, logits, pos, sa, cache, max_tokens, draw, on_token, trace):
+        """The answers that begin by logits (B, vocab), token by token from the positions pos (B, 1) on."""
+        answers, running = [[] for _ in logits], set(range(len(logits)))
         while True:
-            tokens = draw(self.head(h))
-            for i in sorted(running):
-                token = int(tokens[i])
+            tokens = draw(logits)
+            for i, token in [(i, token) for i, token in enumerate(tokens.tolist()) if i in running]:
                 if token != self.stop_id:
                     answers[i].append(token)
                     if on_token:
@@ -344,7 +342,7 @@ class VLM(nn.Module):
             if not running:
                 return answers
             t = self.language_model.embed_tokens(tokens[:, None])
-            h = self.language_model(t, t[:, :0], pos, pos[:, :0], sa, cache, trace)[:, -1]
+            logits = self.head(self.language_model(t, t[:, :0], pos, pos[:, :0], sa, cache, trace)[:, -1])
             pos = pos + 1
 
     # --- encode once, ask many ---
@@ -383,8 +381,7 @@ class VLM(nn.Module):
             return answer
         cache.rewind(([n_text[0] + len(prompt.ids)], [n_vision[0] + len(prompt.v_pos)], parts + 1))
         rest = answer + self.tokenizer.encode("<|im_end|>\n", add_special_tokens=False).ids
-        start = cache.end
-        self.remember(collate([Prompt(rest, list(range(start, start + len(rest))), [], [])]), cache)
+        self.remember(collate([Prompt(rest, [cache.end + i for i in range(len(rest))], [], [])]), cache)
         return answer
 
     @property
@@ -488,12 +485,16 @@ def choose(logits, temperature, top_p, random):
 
 
 @contextmanager
-def timed(clock, name, device):
-    """Adds the seconds of a block of code to clock[name]; does nothing without a clock."""
-    wait = torch.cuda.synchronize if clock is not None and torch.device(device).type == "cuda" else lambda: None
+def timed(clock, name, device, out_of=None):
+    """Adds a code block's seconds to clock[name], and takes them from clock[out_of]; without a clock nothing."""
+    if clock is None:
+        return (yield)
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     yield
     wait()
-    if clock is not None:
-        clock[name] = clock.get(name, 0.0) + time.perf_counter() - start
+    spent = time.perf_counter() - start
+    clock[name] = clock.get(name, 0.0) + spent
+    if out_of:
+        clock[out_of] = clock.get(out_of, 0.0) - spent

@@ -12,6 +12,7 @@ import json
 import sys
 import zlib
 from collections import Counter
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -312,8 +313,7 @@ class Report:
         return columns(lines)
 
     def routes(self):
-        """What the router did with each task: layers, savings, and the configurations chosen, in per cent; * where the
-        rule for pseudo-labels would have sent these questions."""
+        """What the router did with each task: layers, savings, configurations in %, * that of its pseudo-label."""
         row = next(r for r in self.rows if r["name"] == "router")
         own = [name(self.config, sa) for sa in self.config.viable]
         lines = [["routed to, %", "layers", "LLM", "in all", *own]]
@@ -399,20 +399,30 @@ def frontier(x, y):
     return [a for a, _ in best], [b for _, b in best]
 
 
+def report(model, exam, groups, text, picture, out=None):
+    """Prints what the configurations can do and what the router does in an exam. As in Report; out: a .png to draw."""
+    found = Report(model.config, all_records(model, exam, model.config.viable), groups, text, picture)
+    print(found.text() + "\n\n" + found.routes())
+    if out:
+        found.draw(out)
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
     p = Parser(description="What each configuration can do, what it costs, and what the router makes of it.")
     p.add_argument("--search", action="store_true", help="examine sub-networks of a model trained with all its "
                    "candidates, draw a heat map, and write the viable ones into the model's config.json")
-    p.add_argument("--label", metavar="FILE", help="examine all viable configurations on a training subset, write a "
-                   "line for each question to FILE, and print the pseudo-labels; goes on where it was stopped")
+    p.add_argument("--label", metavar="FILE", help="all viable configurations on training questions, a line for each "
+                   "to FILE, where it goes on if stopped; prints the pseudo-labels")
     p.add_argument("--report", action="store_true", help="accuracy, savings and choices of the router, by task")
     p.add_argument("--model", metavar="DIR", help="(default: nano, the one beside this script)")
-    p.add_argument("--exam", type=int, default=250, metavar="N", help="questions a task (default: 250)")
+    p.add_argument("--data", default="toy", metavar="FILE", help="toy, the miniature's world (default), or questions "
+                   "about single pictures in LLaVA's .json or .jsonl, or a mixture, .yaml or .json")
+    p.add_argument("--images", metavar="DIR", help="where the pictures' paths start (default: where each file is)")
+    p.add_argument("--exam", type=int, default=250, metavar="N", help="questions a task or file (default: 250)")
     p.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
-    p.add_argument("--keep", type=float, default=0.99, metavar="F", help="share of the full configuration's accuracy "
-                   "that is good enough (default: 0.99)")
+    p.add_argument("--keep", type=float, default=0.99, metavar="F", help="share of accuracy to hold (default: 0.99)")
     p.add_argument("--out", metavar="FILE.png", help="where --search and --report draw (default: nowhere)")
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     args = p.parse_args(argv)
@@ -430,32 +440,33 @@ def main(argv=None):
     import toy
     from model import VLM
     from train import DENSE, GROUPS, USUAL
-    if args.out:
-        try:
-            import matplotlib  # before the work, not after it
-            matplotlib.use("Agg")
-        except ImportError:
-            raise ValueError("--out needs matplotlib: pip install matplotlib") from None
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.out and not find_spec("matplotlib"):
+        raise ValueError("--out needs matplotlib: pip install matplotlib")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     directory = Path(args.model or DENSE.parent)
     model = VLM.from_pretrained(directory)
     c = model.config
     if not c.sa:
         raise ValueError(f"{directory} is a dense model: train stages 1 and 2 first")
+    if args.data != "toy":
+        from mixture import Exam, Samples
+        exam = Exam(Samples(args.data, args.images, model.tokenizer, c, seed=args.seed), args.exam, args.seed)
+        usual = exam.usual()
+    elif c.world != "toy":
+        raise ValueError(f"{directory} does not know toy.py's world: give questions for it with --data FILE")
+    else:
+        exam = toy.exam(args.seed, args.exam, *[] if args.report else [toy.TRAIN])
+        usual = GROUPS, *USUAL
     if args.search:
-        search(model, directory, toy.exam(args.seed, args.exam, toy.TRAIN), GROUPS, args)
+        search(model, directory, exam, usual[0], args)
     elif args.label:
-        records = log_records(args.label, model, toy.exam(args.seed, args.exam, toy.TRAIN))
+        records = log_records(args.label, model, exam)
         for task, i in labels_by_task(c.viable, records, args.keep).items():
             print(f"{task:<14} {name(c, c.viable[i])}")
     elif model.router is None:
         raise ValueError(f"{directory} has no router: python train.py --stage 3 --model {directory} trains one")
     else:
-        report = Report(c, all_records(model, toy.exam(args.seed, args.exam), c.viable), GROUPS, *USUAL)
-        print(report.text() + "\n\n" + report.routes())
-        if args.out:
-            report.draw(args.out)
+        report(model, exam, *usual, args.out)
 
 
 def search(model, directory, exam, groups, args):

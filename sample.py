@@ -66,7 +66,7 @@ def placement(device, dtype):
     except Exception as e:  # torch raises its own kinds, one for each backend
         raise ValueError(f"--device {device}: not to be had here ({str(e).splitlines()[0]})") from None
     if dtype == "auto":
-        bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if bf16 else "float16" if device.startswith("cuda") else "float32"
         print(f"{dtype}: the fastest that is safe on {device}", file=sys.stderr)
     return device, getattr(torch, dtype)
@@ -80,18 +80,22 @@ def configuration(args, config, text, vision, dense_vision):
         allowed = within_budget(config, args.budget, text, vision, dense_vision)
         return ("auto", allowed) if config.router else (allowed[0], None)
     if args.sa != "auto":
+        return config.configuration(args.sa), None
+    if config.router:
+        return "auto", None
+    return max(config.viable, key=len, default=config.configuration("dense")), None
+
+
+def warn_of_layers(args, config):
+    """One line where what runs is not what the checkpoint is made for, or not what the router would choose."""
+    if args.sa != "auto":
         sa = config.configuration(args.sa)
         if len(sa) < config.layers and sa not in config.viable:
             print(f"--sa {args.sa} is no configuration that this checkpoint is trained for", file=sys.stderr)
-        return sa, None
-    if config.router:
-        return "auto", None
-    if not config.viable:
-        return config.configuration("dense"), None
-    sa = max(config.viable, key=len)
-    print(f"this checkpoint has no router: running its full configuration, --sa {','.join(map(str, sa)) or 'none'}; "
-          f"python train.py --stage 3 --model {args.model} trains one", file=sys.stderr)
-    return sa, None
+    elif config.viable and not config.router and args.budget is None:
+        sa = ",".join(map(str, max(config.viable, key=len))) or "none"
+        print(f"this checkpoint has no router: running its full configuration, --sa {sa}; "
+              f"python train.py --stage 3 --model {args.model} trains one", file=sys.stderr)
 
 
 def warn_of_other_worlds(questions, images, tokenizer):
@@ -136,6 +140,7 @@ def main(argv=None):
                        for image in images)
     if model.config.world == "toy":
         warn_of_other_worlds(args.q, images, model.tokenizer)
+    warn_of_layers(args, model.config)
     stream = sys.stdout.isatty() and not args.json
     caches, ran = {}, {}  # what has been seen, and in which configurations it was read
     for question, text in zip(args.q, texts):

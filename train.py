@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from functools import partial
-from itertools import chain, count, islice
 from pathlib import Path
 from textwrap import shorten
 
@@ -26,19 +25,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint as run_twice
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import data
 import mixture
 import router
 import toy
 from config import Parser, run
 from flops import name
-from learn import due, optimizers, rate
+from conversations import Conversations
+from learn import optimizers, rate
 from model import VLM
 from quilts import Quilts, fresh
 from ranks import Ranks, shard, whole
+from sample import placement
 
 DENSE = Path(__file__).parent / "nano" / "dense"  # where the miniature starts from
 
@@ -55,104 +54,6 @@ RATES = {0: 1e-3, 1: 1e-4, 2: 1e-5}  # on training files, 128 samples a step (pa
 ROUTER = dict(batch_size=16, steps=1000, lr=3e-3, warmup=20, flat=0.5, questions=500, labels="task", leave_out=())
 AROUND = dict(keep=2, workers=0, pass_size=4, max_bad=0.01, sample_every=0, dtype="float32", compile=False, fsdp=False,
               checkpointing=False, overfit=False, early=0)  # what does not belong to a recipe
-
-
-# --- training files ---------------------------------------------------------------------------------------------------
-
-class Conversations:
-    """Steps of a training file. Each rank has its share of a step's samples, and takes them a few at a time, those of
-    about equal length together. Faults are counted, named in out/bad.jsonl and skipped."""
-
-    def __init__(self, model, samples, s, out, ranks):
-        self.model, self.samples, self.s, self.ranks, self.out = model, samples, s, ranks, out
-        self.learner, self.last_one = ranks.spread(model, s["fsdp"])
-        file = out / "bad.jsonl"
-        self.bad = {x["number"]: x for x in map(json.loads, open(file))} if file.exists() else {}
-
-    def batches(self, first):
-        """This rank's samples of step after step, from step `first` on; worker processes read ahead."""
-        s, r = self.s, self.ranks
-        steps = count(first) if not s["overfit"] else (0 for _ in count())
-        shares = (mixture.plan(len(self.samples), s["batch_size"], s["seed"], step)[r.rank::r.size] for step in steps)
-        mine = len(range(r.rank, s["batch_size"], r.size))
-        ahead = DataLoader(Numbered(self.samples), batch_size=None, sampler=chain.from_iterable(shares),
-                           num_workers=s["workers"], collate_fn=itself)
-        ahead = iter(ahead)
-        while True:
-            yield list(islice(ahead, mine))
-
-    def losses(self, items, sa, step):
-        """The step's loss in parts, each to be taken backward before the next: together the mean over all labelled
-        tokens of all ranks. Nothing, if there are none."""
-        self.tokens = 0
-        good = [(i, x) for i, x in items if not isinstance(x, data.Fault)]
-        self.example, good = (good or [None])[0], sorted((x for _, x in good), key=lambda x: -x.prompt.end)
-        passes = [good[i:i + self.s["pass_size"]] for i in range(0, len(items), self.s["pass_size"])]
-        passes = [self.collate(x) for x in passes or [[]]]
-        learned = sum(int(due(labels, torch.from_numpy(batch.t_pos)).sum()) for batch, labels in passes)
-        tokens = sum(x.prompt.end for x in good)
-        learned, self.tokens, bad = map(int, self.ranks.total(learned, tokens, len(items) - len(good)))
-        if bad:
-            self.note([(i, x) for i, x in items if isinstance(x, data.Fault)], step)
-        for k, (batch, labels) in enumerate(passes if learned else ()):
-            with self.last_one(k == len(passes) - 1):  # the loop's backward runs in here
-                yield self.learner(batch, labels, sa) * (self.ranks.size / learned)  # ranks' gradients are averaged
-
-    def collate(self, samples):
-        """(data.Batch, labels); of no samples at all, one token that is not learned."""
-        samples = samples or [mixture.Sample(data.Prompt([0], [0], [], [], []), [-1], "")]
-        batch = data.collate([x.prompt for x in samples])
-        if self.ranks.many and not any(batch.pictures):
-            batch = data.with_blank(batch, self.model.config)
-        return batch, torch.from_numpy(data.pad([x.labels for x in samples], -1))
-
-    def note(self, faults, step):
-        """Writes new faults down. Raises ValueError when they are more than max_bad of what was read."""
-        rows = [{"step": step + 1, "number": i, "sample": self.samples.where(i), "kind": x.kind, "message": str(x)}
-                for i, x in faults]
-        rows = [row for part in self.ranks.gather(rows) for row in part if row["number"] not in self.bad]
-        self.bad |= {row["number"]: row for row in rows}
-        if self.ranks.rank == 0:
-            with open(self.out / "bad.jsonl", "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        broken = [row for row in self.bad.values() if row["kind"] != "too long"]
-        read = min(max((step + 1) * self.s["batch_size"], 1000), len(self.samples))
-        if len(broken) > self.s["max_bad"] * read:
-            raise ValueError(f"{len(broken)} of {read:,} samples cannot be used, more than --max-bad "
-                             f"{self.s['max_bad']:g}: mend them, or allow more; {self.out / 'bad.jsonl'} names all, "
-                             f"the last is {broken[-1]['sample']}: {broken[-1]['message']}")
-
-    def answer(self):
-        """(question, the model's answer, the one to learn) of a sample of the last step, on every rank alike."""
-        example = self.ranks.gather(self.example)[0]
-        if example is None:
-            return None
-        number, sample = example
-        _, turns, _ = self.samples.raw(number)
-        p, place = sample.prompt, sample.prompt.asks[0]
-        n, seen = sum(x < place for x in p.t_pos), sum(x < place for x in p.v_pos)
-        sizes = np.cumsum([picture.tiling.tokens for picture in p.pictures])
-        prompt = data.Prompt(p.ids[:n], p.t_pos[:n], p.v_pos[:seen], p.pictures[:int((sizes <= seen).sum())], [place])
-        everything = max(self.model.config.viable or [range(self.model.config.layers)], key=len)
-        said, = self.model.generate([prompt], everything, max_tokens=32)
-        return turns[0].replace(data.IMAGE, "").strip(), self.model.tokenizer.decode(said), turns[1]
-
-
-class Numbered:
-    """Samples with their numbers, as worker processes hand them over."""
-
-    def __init__(self, samples):
-        self.samples = samples
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        return i, self.samples[i]
-
-
-def itself(x):
-    return x
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -224,7 +125,7 @@ def draw(viable, seed, step, early=0):
 def lessons(model, stage, out, s, samples, ranks):
     """What a stage learns from: batches by number, and their losses. For stage 3 the pseudo-labels are made first."""
     if samples is not None and stage < 3:
-        return Conversations(model, samples, s, out, ranks)
+        return Conversations(model, stage, samples, s, out, ranks)
     if stage < 3:
         return Quilts(model, s["seed"], s["batch_size"], s["turns"], s.get("words", 0.0), s.get("rest_from", 0))
     n, seed = s["questions"], s["seed"]
@@ -234,9 +135,8 @@ def lessons(model, stage, out, s, samples, ranks):
     return router.Lessons(model, exam, targets, s["seed"], s["batch_size"])
 
 
-def trainable(model, stage):
+def trainable(model, stage, joined=False):
     """What a stage trains. Stage 0 of a joined SigLIP and Qwen2 trains the connector between them, which is new."""
-    joined = stage == 0 and model.config.stage == "pretrained"
     model.requires_grad_(stage in (0, 2) and not joined)
     for part in {1: [model.language_model.cross], 3: [model.router]}.get(stage, []):
         part.requires_grad_(True)
@@ -254,7 +154,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, ranks=None
     s, c, ranks = {**AROUND, **settings}, model.config, ranks or Ranks(model.image_newline.device)
     first = json.loads((checkpoint / "state.json").read_text())["step"] if checkpoint else 0
     out.mkdir(parents=True, exist_ok=True)
-    trainable(model, stage)
+    trainable(model, stage, s.get("joined", False))
     n, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == x) for x in (True, False))
     if ranks.rank == 0:
         print(f"stage {stage}: {n:,} parameters train, {frozen:,} are frozen", file=sys.stderr)
@@ -291,7 +191,8 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, ranks=None
                     loss.backward()
                     value += loss.item() / ranks.size
         except ValueError:  # too many faults in the data
-            keep_it(step)
+            if step > first:
+                keep_it(step)
             raise
         value, = ranks.total(value)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -301,7 +202,9 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, ranks=None
             opt.zero_grad()
         mean = 0.95 * mean + 0.05 * value if mean else value
         if log:
+            factor = rate(step, s["steps"], s["warmup"], s["flat"])
             log.write(json.dumps({"stage": stage, "step": step + 1, "loss": value, "sa": list(sa),
+                                  "lr": {kind: lr * factor for kind, (_, _, lr) in opts.items()},
                                   **({"tokens": source.tokens} if hasattr(source, "tokens") else {}),
                                   "seconds": round(time.perf_counter() - start, 2)}) + "\n")
             log.flush()
@@ -352,8 +255,7 @@ def parse(argv=None):
                    "stage 2); of the miniature, Muon's, and AdamW has a tenth of it")
     p.add_argument("--words", type=float, metavar="X", help="weight of the words that visual tokens say (default: 1 in "
                    "stage 0, else 0)")
-    p.add_argument("--rest-from", type=int, metavar="N", help="stage 0: from which step on layers rest while questions "
-                   "are answered (default: 3200)")
+    p.add_argument("--rest-from", type=int, metavar="N", help="stage 0: from which step on layers rest (default: 3200)")
     p.add_argument("--early", type=float, metavar="F", help="stage 2: the share of the steps that comes first and "
                    "trains the largest and the smallest configuration alone (default: 0, of the miniature 0.375)")
     p.add_argument("--viable", action="append", metavar="LAYERS", help="a configuration to train: none or 4,7; may be "
@@ -373,8 +275,7 @@ def parse(argv=None):
     p.add_argument("--sample-every", type=int, metavar="N", help="steps between shown answers (default: 100; 0: never)")
     p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 200)")
     p.add_argument("--keep", type=int, metavar="K", help="checkpoints of a stage to keep (default: 2)")
-    p.add_argument("--exam", type=int, default=250, metavar="N", help="held-out questions a task for the table "
-                   "(default: 250)")
+    p.add_argument("--exam", type=int, default=250, metavar="N", help="questions a task for the table (default: 250)")
     p.add_argument("--seed", type=int, default=0, help="(default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default: "
@@ -400,6 +301,8 @@ def parse(argv=None):
         p.error("--fsdp shares a model out among processes: start them with torchrun --nproc-per-node N train.py ...")
     if args.data != "toy" and args.stage is None:
         p.error(f"--data {args.data}: give --stage 1, 2 or 3, or 0 for a new connector")
+    if (args.data == "toy" or args.stage == 3) and (args.overfit or args.pass_size or args.sample_every):
+        p.error("--overfit, --pass-size and --sample-every are for training files, in stages 0 to 2")
     if args.stage == 3 and "WORLD_SIZE" in os.environ:
         p.error("--stage 3 trains in one process: leave torchrun out")
     return args
@@ -428,7 +331,9 @@ def prepare(stage, args, model, samples):
     flags = ("steps", "batch_size", "lr", "words", "rest_from", "labels", "leave_out", "label_rule", "max_tokens",
              *AROUND)
     given = {k: v for k in flags if (v := getattr(args, k)) is not None}
-    common = {**AROUND, "seed": args.seed, "save_every": 200, "dtype": "float32"}
+    cuda = model.image_newline.device.type == "cuda"
+    common = {**AROUND, "seed": args.seed, "save_every": 200, "dtype": "bfloat16" if cuda and samples else "float32",
+              "joined": stage == 0 and model.config.stage == "pretrained"}
     if samples is None:
         return {**common, **RECIPES[stage], "turns": args.turns, **given}
     if stage == 3:
@@ -445,9 +350,7 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # vanishing gradients of saturated sigmoids would be 100 times slower
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" and args.data != "toy" else None)
-    ranks = Ranks(device)
+    ranks = Ranks(torch.device(placement(args.device, "float32")[0]))
     out, stages = Path(args.out), [1, 2, 3] if args.stage is None else [args.stage]
     if not args.resume and any(newest(out, [stage]) for stage in stages):
         raise ValueError(f"{out} holds a run of this stage already: --resume goes on with it, --out begins another")
@@ -469,11 +372,14 @@ def main(argv=None):
                              f"{args.data} has {len(samples) if samples else 'none'}: give the same --data, or another "
                              "--out")
         settings |= {k: v for k in (*AROUND, "save_every") if (v := getattr(args, k)) is not None and v is not False}
+        settings["fsdp"] = args.fsdp  # a run may go on with other processes
         if not (checkpoint and settings["step"] == settings["steps"]):
             model = train(model, stage, out, settings, checkpoint, samples, ranks)
     if args.data == "toy":
         report(model, args, out)
     elif ranks.rank == 0:
+        if stages == [3]:  # with the questions that it has learned from
+            router.report(model, exam := mixture.Exam(samples, settings["questions"], settings["seed"]), *exam.usual())
         print(newest(out, stages))
     ranks.leave()
 

@@ -9,6 +9,7 @@ steps or seed; then an examination of 1,000 held-out questions a task in each of
 """
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -28,9 +29,9 @@ RESULTS = Path(__file__).parent / "results" / "ablate.json"
 
 
 def experiment(name, seed, args):
-    """Trains and examines one model; its row, also written to out/ablate/NAME-SEED/row.json."""
+    """Trains and examines one model; its row, also written to out/ablate/NAME-SEED-EXAM/row.json."""
     configurations, times, dense = RUNS[name]
-    out = Path(args.out) / f"{name.replace(', ', '-').replace(' ', '-').replace(',', '')}-{seed}"
+    out = Path(args.out) / f"{name.replace(', ', '-').replace(' ', '-').replace(',', '')}-{seed}-{args.exam}"
     if not (out / "row.json").is_file():
         model = VLM.from_pretrained(train.DENSE if dense == "with" else args.control)
         model.add_cross_attention(toy.CA, toy.SA, configurations)
@@ -96,11 +97,16 @@ def main(argv=None):
         for seed in args.seed or (0, 1, 2):
             if not args.report and (RUNS[name][2] == "with" or args.control):
                 experiment(name, seed, args)
-    rows = [json.loads(file.read_text()) for file in sorted(Path(args.out).glob("*/row.json"))]
+    rows = [json.loads(file.read_text()) for file in sorted(Path(args.out).glob(f"*-{args.exam}/row.json"))]
     dense = VLM.from_pretrained(train.DENSE)
     records = router.all_records(dense, toy.exam(0, args.exam), [tuple(range(dense.config.layers))])
     row = router.Report(dense.config, records, train.GROUPS, *train.USUAL).rows[0]
-    RESULTS.write_text(json.dumps({"command": "python -m paper.ablate", "dense": row, "runs": rows}, indent=1) + "\n")
+    had = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if len(rows) >= len(had.get("runs", [])) and args.exam >= had.get("questions", 0):
+        RESULTS.write_text(json.dumps({"command": "python -m paper.ablate", "questions": args.exam, "dense": row,
+                                       "runs": rows}, indent=1) + "\n")
+    else:
+        print(f"{RESULTS} has more runs, or larger ones, and stays as it is", file=sys.stderr)
     print(tables(rows, row))
 
 

@@ -1,11 +1,11 @@
 """How fast, against what people use today: transformers' LLaVA-OneVision, ours dense, and VISOR's configurations.
 
-    python -m paper.bench             every row, paper/results/bench-DEVICE.json and .png; about 35 minutes on 2 cores
-    python -m paper.bench --quick     5 tiles, a few rows, one round
+    python -m paper.bench             every row, paper/results/bench-DEVICE.json and .png; about 40 minutes on 2 cores
+    python -m paper.bench --quick     5 tiles, a few rows, one round; nothing is written
     python -m paper.bench --compare   --quick against that JSON: a ratio that fell by more than a fifth is an error
 
 Random weights of the 0.5B geometry. Systems take turns, so that a busy machine slows all alike; medians of the rounds.
-An encoder is timed once a round; a row's first token is encoder and prefill, in all is with an answer. transformers runs
+An encoder is timed once a round; a row's first token is encoder and prefill, its whole an answer too. transformers runs
 without its generate(): its modules, one call a token, with sdpa. (Paper, section 6, "Efficiency analysis".)
 """
 import json
@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,8 +42,9 @@ RATIOS = "over_transformers", "over_dense", "realised"   # what --compare looks 
 def machine():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    with open("/proc/cpuinfo") as f:
-        name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.processor())
+    name, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        name = next((x.split(":")[1].strip() for x in open(info) if x.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads"
 
 
@@ -56,6 +58,8 @@ def peak_bytes(reset=False):
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
+    if not Path("/proc/self/clear_refs").exists():
+        return 0  # only Linux forgets a peak
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
@@ -71,18 +75,22 @@ def seconds(run, *args):
     return time.perf_counter() - start
 
 
+def product_seconds(x, w):
+    """Of x @ w.T, median of 9; on CUDA fifty in a row, so that starting them does not count."""
+    n = 50 if device() == "cuda" else 1
+    return statistics.median([seconds(lambda: [F.linear(x, w) for _ in range(n)]) for _ in range(12)][3:]) / n
+
+
 def matmul_rate(config, n=4096, dtype=torch.float32):
-    """FLOP/s of the language model's largest product over n tokens, median of 9."""
+    """FLOP/s of the language model's largest product over n tokens."""
     x, w = (torch.randn(m, config.hidden, device=device(), dtype=dtype) for m in (n, config.ffn))
-    times = [seconds(F.linear, x, w) for _ in range(12)][3:]
-    return 2 * n * config.hidden * config.ffn / statistics.median(times)
+    return 2 * n * config.hidden * config.ffn / product_seconds(x, w)
 
 
 def bandwidth(config, dtype=torch.float32):
-    """Bytes/s at which a vector meets a matrix as large as the output head, median of 9: what decoding is bound by."""
+    """Bytes/s at which a vector meets a matrix as large as the output head: what decoding is bound by."""
     w = torch.randn(config.vocab, config.hidden, device=device(), dtype=dtype)
-    times = [seconds(F.linear, w[:1], w) for _ in range(12)][3:]
-    return w.numel() * w.element_size() / statistics.median(times)
+    return w.nbytes / product_seconds(w[:1], w)
 
 
 def random_module(kind, config, dtype=torch.float32):
@@ -208,11 +216,11 @@ def explain_seconds(config, configurations, text, vision, tiles, repeat=3):
          "counted": (fixed + llm_flops(config, sa, text, vision)) / rate} for sa in configurations]}
 
 
-def measure(ours, theirs, labels, tiles, batch, rounds, warm=True):
+def measure(ours, theirs, labels, tiles, batch, rounds):
     """{label: {"encoder": seconds, "prefill", "decode" (a token), "peak": bytes that answering takes on top of weights
-    and visual tokens}}: medians, for prompts of one picture. warm: after a round that does not count."""
+    and visual tokens}}: medians, for prompts of one picture; on CUDA after a round in which its kernels are chosen."""
     runs = {label: [] for label in labels}
-    for i in range(0 if warm else 1, rounds + 1):
+    for i in range(device() != "cuda", rounds + 1):
         encoded = {}
         for label in labels if i % 2 else reversed(labels):
             sa, pack = SYSTEMS[label]
@@ -250,7 +258,7 @@ def rows(config, found, tiles, batch, rate, speed, itemsize):
                               + answer_flops(c, sa, TEXT, vision, ANSWER))
         c.pack = 1.0
         cache = batch * cache_bytes(c, sa, TEXT + ANSWER, vision, itemsize)
-        read = itemsize * sum(p for p in weights_read(c)) + cache  # by one step of decoding
+        read = itemsize * weights_read(c, sa) + cache  # by one step of decoding
         first = m["encoder"] + m["prefill"]
         total = first + (ANSWER - 1) * m["decode"]
         out.append({"system": label, "tiles": tiles, "batch": batch, "visual_tokens": vision, **m, "first": first,
@@ -268,20 +276,21 @@ def rows(config, found, tiles, batch, rate, speed, itemsize):
     return out
 
 
-def weights_read(c):
+def weights_read(c, sa):
     """Parameters that decoding a token reads: the layers and the head; cross-attention's q and o."""
     wide = c.heads * c.head_dim
-    yield c.layers * (c.hidden * (2 * wide + 2 * c.kv_heads * c.head_dim + 3 * c.ffn)) + c.vocab * c.hidden
-    yield len(c.ca) * 2 * c.hidden * wide
+    return c.hidden * (c.layers * (2 * wide + 2 * c.kv_heads * c.head_dim + 3 * c.ffn) + c.vocab
+                       + len(c.readers(sa)[0]) * 2 * wide)
 
 
 def training(ours, config, tiles, batch, rate, dtype):
     """Tokens/s of a training step, loss to update, and its operations as a share of the matmul rate: rows for dense
-    training, stage 1 and stage 2. An operation forward is two backward; of frozen weights one, of a frozen encoder
-    none."""
+    training, stage 1 and stage 2, these the mean over the configurations as train.draw draws them. An operation
+    forward is two backward; of frozen weights one, of a frozen encoder none."""
     from learn import Learner, optimizers
     from train import draw, trainable
-    model, out = ours.model.remove_router(), []
+    model, out = ours.model.remove_router().float(), []
+    drawn = Counter(draw(config.viable, 0, step) for step in range(10000))
     model.encode = ours.real
     prompts, _ = ours.prompts(tiles, batch)
     batch_of, labels = collate(prompts), torch.full((batch, TEXT), -1)
@@ -289,13 +298,11 @@ def training(ours, config, tiles, batch, rate, dtype):
     for label, stage in (("dense", 2), ("stage 1", 1), ("stage 2", 2)):
         trainable(model, stage)
         opts, vision = optimizers(model, 1e-5, muon=False), len(prompts[0].v_pos)
-        learner, times, flop = Learner(model), [], []
+        learner, spent, flop = Learner(model), 0.0, 0.0
+        shares = Counter([tuple(range(config.layers))]) if label == "dense" else drawn
         peak_bytes(reset=True)
-        for step in range(4):
-            sa = tuple(range(config.layers)) if label == "dense" else draw(config.viable, 0, step)
+        for warm, (sa, share) in [(True, x) for x in [*shares.items()][:1]] + [(False, x) for x in shares.items()]:
             encoder = tower_flops(config, tiles) + connector_flops(config, tiles)
-            flop.append(batch * (llm_flops(config, sa, TEXT, vision) * (2 if stage == 1 else 3)
-                                 + encoder * (1 if stage == 1 else 3)))
             start = time.perf_counter()
             with torch.autocast(device(), torch.bfloat16, enabled=dtype == torch.bfloat16):
                 (learner(batch_of, labels, sa) / batch).backward()
@@ -304,11 +311,12 @@ def training(ours, config, tiles, batch, rate, dtype):
                 opt.zero_grad()
             if device() == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        spent = sum(times[1:])
-        out.append({"training": label, "tiles": tiles, "batch": batch, "seconds": spent / 3, "peak": peak_bytes(),
-                    "tokens_per_second": 3 * batch * (TEXT + vision) / spent,
-                    "matmul_share": sum(flop[1:]) / spent / rate})
+            share *= not warm
+            spent += share / shares.total() * (time.perf_counter() - start)
+            flop += share / shares.total() * batch * (llm_flops(config, sa, TEXT, vision) * (2 if stage == 1 else 3)
+                                                      + encoder * (1 if stage == 1 else 3))
+        out.append({"training": label, "tiles": tiles, "batch": batch, "seconds": spent, "peak": peak_bytes(),
+                    "tokens_per_second": batch * (TEXT + vision) / spent, "matmul_share": flop / spent / rate})
         del opts
     return out
 
@@ -327,9 +335,9 @@ def table(result):
             over = r.get("over_transformers") or r.get("over_dense")
             lines.append(f"| {r['system']} | {r['encoder']:.2f} | {r['prefill']:.3f} | {over['prefill']:.1f}x | "
                          + (f"{r['realised']:.0%}" if "realised" in r else "-")
-                         + f" | {r['first']:.2f} | {over['first']:.2f}x | {1000 * r['decode']:.1f} | {r['total']:.2f} | "
-                         f"{over['total']:.2f}x | {r['matmul_share']:.0%} | {r['bandwidth_share']:.0%} | "
-                         f"{r['cache'] / 1e6:.0f} |")
+                         + f" | {r['first']:.2f} | {over['first']:.2f}x | {1000 * r['decode']:.1f} | "
+                         f"{r['total']:.2f} | {over['total']:.2f}x | {r['matmul_share']:.0%} | "
+                         f"{r['bandwidth_share']:.0%} | {r['cache'] / 1e6:.0f} |")
     if result.get("training"):
         lines += ["", "| training | tiles | batch | s a step | tokens/s | matmul | GB |", "|---" * 7 + "|"]
         lines += [f"| {r['training']} | {r['tiles']} | {r['batch']} | {r['seconds']:.2f} | "
@@ -390,7 +398,7 @@ def main(argv=None):
                    "given several times (default: 1, 5, 10)")
     p.add_argument("--batch", type=int, action="append", metavar="N", help="prompts at once; may be given several "
                    "times (default: 1, on CUDA also powers of two as far as they fit)")
-    p.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: 3)")
+    p.add_argument("--rounds", type=int, metavar="N", help="(default: 3; --quick: 1)")
     p.add_argument("--quick", action="store_true", help="5 tiles, transformers, dense, 2 and no layers, one round")
     p.add_argument("--compare", action="store_true", help="--quick, then against the JSON of this kind of device; exit "
                    "status 1 if a ratio is more than 20 %% lower")
@@ -402,18 +410,20 @@ def main(argv=None):
         p.error(f"{committed} is missing: make it with python -m paper.bench")
     if args.plot:
         return plot(json.loads(committed.read_text()), committed.with_suffix(".png"))
+    if (args.rounds or 1) < 1 or min(args.batch or [1]) < 1:
+        p.error("--rounds and --batch: give at least 1")
     quick = args.quick or args.compare
+    whole = not (quick or args.tiles or args.batch)
     sizes = args.tiles or ([5] if quick else list(PICTURES))
     result = bench(preset("llava-ov-0.5b"), QUICK if quick else tuple(SYSTEMS), sizes, args.batch or [1],
-                   1 if quick else args.rounds, args.compile, train=not quick,
-                   grow=device() == "cuda" and not args.batch and not quick)
+                   args.rounds or (1 if quick else 3), args.compile, train=whole, grow=device() == "cuda" and whole)
     print(f"{result['machine']}, torch {result['torch']}, transformers {result['transformers']}, {result['dtype']}\n"
           f"matmul {result['matmul'] / 1e9:,.0f} GFLOP/s, bandwidth {result['bandwidth'] / 1e9:,.1f} GB/s\n\n"
           + table(result) + "\n")
-    if not quick:
+    print(json.dumps(result))
+    if whole:
         committed.write_text(json.dumps(result, indent=1) + "\n")
         plot(result, committed.with_suffix(".png"))
-    print(json.dumps(result))
     if args.compare and (lines := fallen(json.loads(committed.read_text()), result)):
         print("\n".join(lines), file=sys.stderr)
         raise SystemExit(1)
@@ -433,14 +443,14 @@ def bench(config, labels, sizes, batches, rounds, compiled=False, train=True, gr
     if compiled:
         ours.model.compile()
     found = []
+    measure(ours, theirs, labels, 1, 1, 1)  # warms up
     for tiles in sizes:
         todo = list(batches)
         while todo:
             batch = todo.pop(0)
             print(f"{tiles} tiles, batch {batch}", file=sys.stderr)
             try:
-                measured = measure(ours, theirs, labels, tiles, batch, rounds,
-                                   warm=device() == "cuda" or not found)  # there a new shape has to find its kernels
+                measured = measure(ours, theirs, labels, tiles, batch, rounds)
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 break
@@ -449,7 +459,8 @@ def bench(config, labels, sizes, batches, rounds, compiled=False, train=True, gr
                 todo.append(2 * batch)
     del theirs
     trained = training(ours, config, 5 if device() == "cuda" else 1, 1, rate, dtype) if train else []
-    return {"command": "python -m paper.bench", "machine": machine(), "torch": torch.__version__,
+    return {"command": " ".join(["python -m paper.bench", *sys.argv[1:]]), "machine": machine(),
+            "torch": torch.__version__,
             "transformers": version, "dtype": str(dtype)[6:], "text": TEXT, "answer": ANSWER, "matmul": rate,
             "bandwidth": speed, "compiled": compiled, "rows": found, "training": trained}
 

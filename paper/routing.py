@@ -8,6 +8,7 @@ and three that do not learn from three of the tasks. Writes paper/results/routin
 import json
 import shutil
 import statistics
+import zlib
 from pathlib import Path
 
 import torch
@@ -23,8 +24,9 @@ LEFT_OUT = ("colour", "value", "updated row")  # as GQA, DocVQA and one more in 
 
 
 def experiment(seed, left_out, args):
-    """The rows of a report about a router trained with this seed, kept in rows.json."""
-    out = Path(args.out) / f"seed-{seed}-{args.exam}{'-left-out' if left_out else ''}"
+    """The rows of a report about a router trained with this seed, kept in rows.json for these weights."""
+    weights = zlib.crc32((ROOT / "nano" / "model.safetensors").read_bytes())
+    out = Path(args.out) / f"{weights:08x}-seed-{seed}-{args.exam}{'-left-out' if left_out else ''}"
     if (out / "rows.json").is_file():
         return json.loads((out / "rows.json").read_text())
     shutil.rmtree(out, ignore_errors=True)

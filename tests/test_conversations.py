@@ -16,8 +16,10 @@ import torch.nn.functional as F
 import data
 import learn
 import mixture
+import router
 import train
 from config import run
+from conversations import Conversations
 from model import VLM
 from ranks import Ranks
 from tests import tiny, worlds
@@ -42,9 +44,9 @@ def words(world, out, *more, stage=2, model="visor"):
                              "--batch-size", 8, "--pass-size", 3, "--lr", 0.001, "--workers", 0, *more)]
 
 
-def call(*words):
+def call(*words, main=train.main):
     try:
-        run(lambda: train.main([str(w) for w in words]))
+        run(lambda: main([str(w) for w in words]))
     except SystemExit as e:
         return e.code
     return 0
@@ -63,7 +65,7 @@ def source(world, out, **settings):
     model = VLM.from_pretrained(world / "visor").remove_router()
     samples = mixture.Samples(world / "data.json", None, model.tokenizer, model.config)
     s = {**train.AROUND, "batch_size": 12, "seed": 0, **settings}
-    return train.Conversations(model, samples, s, out, Ranks(torch.device("cpu"))), model
+    return Conversations(model, 2, samples, s, out, Ranks(torch.device("cpu"))), model
 
 
 def test_the_loss_and_its_gradient_are_the_plain_ones(world, tmp_path):
@@ -122,6 +124,8 @@ def test_stage_0_of_a_joined_model_trains_its_connector(world, tmp_path):
     name = joined(tmp_path, tiny.model(visor=False, tied=True))
     assert call("--stage", 0, "--model", name, "--data", world / "data.json", "--out", tmp_path, "--steps", 3,
                 "--save-every", 1, "--keep", 3, "--batch-size", 4, "--workers", 0) == 0
+    shutil.rmtree(tmp_path / "stage0-000003")
+    assert call("--stage", 0, "--model", name, "--data", world / "data.json", "--out", tmp_path, "--resume") == 0
     first, last = (weights(tmp_path / f"stage0-{step:06}") for step in (1, 3))  # the connector starts at random
     moved = {n for n in last if not torch.equal(first[n], last[n])}
     assert moved == {"image_newline", *(n for n in last if n.startswith("multi_modal_projector."))}
@@ -165,8 +169,26 @@ def test_stage_3_on_a_mixture(world, tmp_path, capsys):
     before, after = weights(world / "routed"), weights(train.newest(tmp_path / "out", [3]))
     assert {n for n in after if n not in before or not torch.equal(before[n], after[n])} == {
         n for n in after if n.startswith("router.")}
+    out = capsys.readouterr().out
+    assert "routed to, %" in out and "\ndata " in out and out.splitlines()[-1] == str(train.newest(tmp_path / "out", [3]))
+    routed = train.newest(tmp_path / "out", [3])
+    words = "--report", "--model", routed
+    assert call(*words, "--data", world / "data.json", "--exam", 3, main=router.main) == 0
+    assert "\ndata " in capsys.readouterr().out
+    assert call(*words, main=router.main) == 2 and "--data FILE" in capsys.readouterr().err
     assert call(*flags, "--out", tmp_path / "b", "--leave-out", "nothing") == 2
     assert "leave out some" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_arithmetic(world, tmp_path, capsys, stage):
+    """As on CUDA by default; answers are shown on the way."""
+    tiny.model(visor=False).add_cross_attention((1, 2, 5), (0, 3), [(0,), (0, 3)]).save_pretrained(world / "visor")
+    more = ["--sample-every", 2] if stage < 3 else []
+    assert call("--stage", stage, "--model", world / "visor", "--data", world / "data.json", "--out", tmp_path / "out",
+                "--steps", 4, "--batch-size", 4, "--dtype", "bfloat16", *more) == 0
+    now = weights(train.newest(tmp_path / "out", [stage]))
+    assert all(x.dtype == torch.float32 for x in now.values())
 
 
 # --- kills ---
@@ -244,6 +266,16 @@ def test_faults_are_named_and_skipped_or_stop_the_run(world, tmp_path, capsys):
     assert sorted((x["number"], x["kind"]) for x in bad) == [(3, "empty answer"), (5, "too long"), (11, "empty answer"),
                                                             (17, "empty answer")]
     assert len(log(tmp_path / "a")) == 9 and all(x["loss"] > 0 for x in log(tmp_path / "a"))
+    shared[shared.index("2")] = "1"  # another stage keeps its own
+    assert call(*shared, "--max-bad", 0.2) == 0
+    bad = [json.loads(line) for line in open(tmp_path / "a" / "bad.jsonl")]
+    assert [x["stage"] for x in bad] == [2] * 4 + [1] * 4
+
+
+def test_a_stop_in_the_first_step_leaves_no_checkpoint(world, tmp_path, capsys):
+    wrong = [*words(world, tmp_path, "--steps", 3), "--images", tmp_path / "nowhere"]
+    for flags, status in ((wrong, 2), (wrong[:-2], 0)):
+        assert call(*flags) == status
 
 
 # --- several processes ---
@@ -273,10 +305,21 @@ def test_two_processes_learn_as_one(fsdp, world, tmp_path):
     assert all(torch.allclose(x[n], y[n], atol=1e-3) for n in x)
 
 
+@pytest.mark.parametrize("flags", [["--fsdp", "--batch-size", 5, "--pass-size", 1, "--workers", 0],
+                                   ["--batch-size", 1, "--workers", 1]], ids=["unequal passes", "nothing for one"])
+def test_ranks_that_have_less_to_do(flags, world, tmp_path):
+    """They wait for the others instead of the others for them."""
+    words = ["--stage", 2, "--model", world / "visor", "--data", world / "data.json", "--out", tmp_path, "--steps", 3]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                           str(random.randint(20000, 40000)), "train.py", *map(str, [*words, *flags])], cwd=ROOT,
+                          env=ONE_THREAD, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(log(tmp_path)) == 3 and all(x["loss"] > 0 and x["lr"]["adamw"] for x in log(tmp_path))
+
+
 def test_ranks_without_pictures_or_samples(world, tmp_path):
     """A blank tile changes no loss, and one token stands for no samples at all."""
     conversations, model = source(world, tmp_path)
-    conversations.ranks.many = True
     text = [x for _, x in next(conversations.batches(0)) if not x.prompt.pictures]
     for sa in ((), (1, 4)):
         batch, labels = conversations.collate(text)
@@ -290,7 +333,7 @@ def test_ranks_without_pictures_or_samples(world, tmp_path):
 
 @pytest.mark.parametrize("more, say", [
     (["--fsdp"], "torchrun"), (["--max-tokens", 0], "--max-tokens"), (["--data", "no.json"], "no.json"),
-    (["--max-bad", -1], "--max-bad"), (["--label-rule", "x"], "--label-rule"), (["--keep", 0], "--keep")])
+    (["--max-bad", -1], "--max-bad"), (["--device", "foo"], "--device foo"), (["--label-rule", "x"], "--label-rule"), (["--keep", 0], "--keep")])
 def test_bad_input_is_one_line(more, say, world, tmp_path, capsys):
     assert call(*words(world, tmp_path), *more) == 2
     err = capsys.readouterr().err.strip().splitlines()
@@ -298,6 +341,6 @@ def test_bad_input_is_one_line(more, say, world, tmp_path, capsys):
 
 
 def test_files_need_a_model_and_a_stage(world, tmp_path, capsys):
-    for flags, say in ((["--stage", 2], "--model"), ([], "--stage")):
+    for flags, say in ((["--stage", 2], "--model"), ([], "--stage"), (["--stage", 3, "--overfit"], "--overfit")):
         assert call("--data", world / "data.json", "--out", tmp_path, *flags) == 2
         assert say in capsys.readouterr().err.splitlines()[-1]

@@ -92,8 +92,9 @@ datasets:
     sampling_strategy: end:2
   - json_path: a.json
 
-  - json_path: "c.json"
+  -
     sampling_strategy: all
+    json_path: "c.json"
 """)
     files = [str(tmp_path / f"{x}.json") for x in "abcac"]
     found = entries(tmp_path / "mix.yaml")
@@ -104,6 +105,10 @@ datasets:
     as_json = {"datasets": [{"json_path": f, "sampling_strategy": s} for f, (_, s) in zip(files, found)]}
     assert entries(written(tmp_path / "mix.json", as_json)) == found
     assert entries(tmp_path / "a.json") == [(tmp_path / "a.json", "all")]
+    lines = [json.dumps(talk(f"q {i}", "A")) for i in range(3)]
+    (tmp_path / "lines.json").write_text("\n".join(lines))  # one a line, whatever the name says
+    assert entries(tmp_path / "lines.json") == [(tmp_path / "lines.json", "all")]
+    assert len(samples(tmp_path / "lines.json")) == 3
     (tmp_path / "mix.yaml").write_text("datasets:\n  - json_path: a.json\n    oops\n")
     with pytest.raises(ValueError, match="line 3"):
         entries(tmp_path / "mix.yaml")
@@ -184,10 +189,12 @@ FAULTS = {
                      talk("<image> <image>", "A", image="0.png")],
     "video": [talk("<image>\nQ", "A", video="x.mp4")],
     "missing picture": [talk("<image>\nQ", "A", image="nothing.png"), talk("<image>\nQ", "A", image=".")],
-    "broken picture": [talk("<image>\nQ", "A", image="text.png"), talk("<image>\nQ", "A", image="cut.png")],
+    "broken picture": [talk("<image>\nQ", "A", image="text.png"), talk("<image>\nQ", "A", image="cut.png"),
+                       talk("<image>\nQ", "A", image="x" * 300)],
     "oversized picture": [talk("<image>\nQ", "A", image="huge.png"),
                           talk("<image><image>\nQ", "A", image=["long.png", "0.png"])],
     "too long": [talk("Q " * 400, "A")],
+    "malformed line": [talk("\ud800", "A"), {"conversations": [{"from": ["human"], "value": "Q"}] * 2}],
 }
 
 

@@ -177,6 +177,10 @@ def test_in_doubt_the_route_is_the_costlier_one(monkeypatch):
         p = torch.tensor([1 - rare, *[0.0] * (len(VIABLE) - 2), rare])
         monkeypatch.setattr(m, "policy", lambda *_, p=p: p.log()[None, None])
         assert m.route(None, [[0]], allowed) == [tuple(VIABLE[wanted])]
+    p = torch.tensor([0.5, 0.02, 0.48, 0.0, 0.0])  # 1,4 and 1,7 cost the same
+    for own, wanted in ((p, (1, 7)), (p[[0, 2, 1, 3, 4]], (1, 4))):
+        monkeypatch.setattr(m, "policy", lambda *_, own=own: own.log()[None, None])
+        assert m.route(None, [[0]]) == [wanted]
 
 
 def test_allowed_caps_the_route():
