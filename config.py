@@ -59,6 +59,7 @@ class Config:
     sa: tuple = ()                  # layers that may run as self-attention over both streams (paper 4.2.2)
     viable: tuple = ()              # configurations (subsets of sa) that the model is trained for (paper 4.2.3)
     router: bool = False            # it has a policy that chooses among them (paper 4.3)
+    doubt: float = 0.02             # the router takes the costliest configuration that is as likely; 1: the likeliest
     # history
     stage: str = "random"           # what made the weights: random, pretrained, 0, 1, 2, 3
     step: int = 0

@@ -17,10 +17,6 @@ from data import Prompt, collate
 from flops import llm_flops
 from layers import Block, Cache, CrossAttention, Part, Policy, SiglipBlock, before, pack
 
-# Of the router's probability. Questions like those it was trained on get 0.99 for one configuration, unseen ones less:
-# with the likeliest, an unseen hard task kept 51 % of its questions above what it needs, so 90 %, at 0.04 layers more
-DOUBT = 0.01
-
 
 class VisionTower(nn.Module):
     """SigLIP up to its last layer but one, without the final norm. Tiles do not see each other."""
@@ -262,15 +258,16 @@ class VLM(nn.Module):
     def route(self, part, asks, allowed=None, trace=None):
         """The viable configuration that the router chooses for each sample of a part.
 
-        In doubt it takes more: the costliest configuration with DOUBT of the probability, not the likeliest; and the
-        costliest of several questions in a prompt (`ask` judges the newest). allowed: those to choose among.
+        In doubt it takes more: of those whose probability is at least config.doubt, the costliest. So it is with
+        several questions in a prompt (`ask` judges the newest). allowed: those to choose among (default: all).
         """
         c, scores = self.config, self.policy(part, asks, trace)
         barred = torch.tensor([allowed is not None and own not in allowed for own in c.viable], device=scores.device)
         p = scores.float().masked_fill(barred, float("-inf")).softmax(-1).amax(1)  # over the questions of a prompt
         cost = [llm_flops(c, own, 1, 1000) for own in c.viable]
         rank = torch.tensor([sorted(set(cost)).index(x) for x in cost], device=p.device)  # equal ones: the likelier
-        return [c.viable[i] for i in torch.where(p >= DOUBT, rank + p / 2, -1).argmax(-1).tolist()]
+        enough = p >= p.amax(-1, keepdim=True).clamp(max=c.doubt)
+        return [c.viable[i] for i in torch.where(enough, rank + p / 2, -1).argmax(-1).tolist()]
 
     def policy(self, part, asks, trace=None):
         """Scores of the viable configurations, (B, K, viable), for up to K questions in each prompt.

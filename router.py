@@ -4,9 +4,9 @@
     python router.py --label FILE            every configuration on a training subset, question by question (4.3)
     python router.py --report                what the router did (appendices B, C, D)
 
-`examine` asks the same questions in several configurations. Its records, one for each question, are all that the rest
-works with: viable configurations, pseudo-labels, reports. layers.Policy is the network, VLM.route asks it, and
-train.py --stage 3 trains it on `Lessons`. An exam is a list of (image, [(task, question, answer), ...]).
+`examine` asks the same questions in several configurations; viable ones, pseudo-labels and reports come from its
+records, one for each question. layers.Policy is the network, VLM.route asks it, train.py --stage 3 trains it on
+`Lessons`. An exam is a list of (image, [(task, question, answer), ...]).
 """
 import json
 import sys
@@ -25,6 +25,7 @@ import data
 from config import Parser, run
 from flops import connector_flops, llm_flops, name, router_flops, tower_flops
 
+SMOOTHING = 0.06  # of the labels; without it a router has no doubt, not even about questions of kinds it never saw
 
 # --- examinations ---------------------------------------------------------------------------------------------------
 
@@ -243,7 +244,8 @@ class Lessons:
         with torch.no_grad():
             part = self.model.read(batch, "auto")
             self.model.language_model.run(part, self.model.config.viable[0], stop=self.model.config.fork)
-        yield F.cross_entropy(self.model.policy(part, batch.asks)[:, 0], targets.to(part.t_pos.device))
+        scores = self.model.policy(part, batch.asks)[:, 0]
+        yield F.cross_entropy(scores, targets.to(scores.device), label_smoothing=SMOOTHING)
 
 
 # --- reports --------------------------------------------------------------------------------------------------------
@@ -283,7 +285,6 @@ class Report:
         tasks = {}
         for r in records:
             tasks.setdefault(r["task"], []).append((choice(r), r["right"][choice(r)]))
-        encoder = self.dense_encoder if label == "dense" else self.encoder
         row = {"name": label, "sa": None if sa is None else list(sa), "tasks": {t: float(np.mean([ok for _, ok in x]))
                                                                for t, x in tasks.items()}}
 
@@ -295,7 +296,8 @@ class Report:
                     shares[configurations[i]] += 1 / len(tasks[t]) / len(names)
             cost = extra + sum(self.cost[own] * share for own, share in shares.items())
             return {"layers": sum(len(own) * share for own, share in shares.items()), "saving": self.dense / cost,
-                    "end_to_end": (self.dense + self.dense_encoder) / (cost + encoder),
+                    "end_to_end": (self.dense + self.dense_encoder) /
+                    (cost + (self.dense_encoder if label == "dense" else self.encoder)),
                     "shares": {name(self.config, own): share for own, share in sorted(shares.items())}}
         row["by_task"] = {t: account([t]) for t in tasks}
         row["by_group"] = {g: account(names) for g, names in self.groups.items()}
@@ -417,8 +419,7 @@ def parse(argv=None):
                    "to FILE, where it goes on if stopped; prints the pseudo-labels")
     p.add_argument("--report", action="store_true", help="accuracy, savings and choices of the router, by task")
     p.add_argument("--model", metavar="DIR", help="(default: nano, the one beside this script)")
-    p.add_argument("--data", default="toy", metavar="FILE", help="toy, the miniature's world (default), or questions "
-                   "about single pictures in LLaVA's .json or .jsonl, or a mixture, .yaml or .json")
+    p.add_argument("--data", default="toy", metavar="FILE", help="toy (default), a training file, or a mixture of them")
     p.add_argument("--images", metavar="DIR", help="where the pictures' paths start (default: where each file is)")
     p.add_argument("--exam", type=int, default=250, metavar="N", help="questions a task or file (default: 250)")
     p.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
@@ -455,8 +456,7 @@ def main(argv=None):
     elif c.world != "toy":
         raise ValueError(f"{directory} does not know toy.py's world: give questions for it with --data FILE")
     else:
-        exam = toy.exam(args.seed, args.exam, *[] if args.report else [toy.TRAIN])
-        usual = GROUPS, *USUAL
+        exam, usual = toy.exam(args.seed, args.exam, *[] if args.report else [toy.TRAIN]), (GROUPS, *USUAL)
     if args.search:
         search(model, directory, exam, usual[0], args)
     elif args.label:

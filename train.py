@@ -48,7 +48,7 @@ RECIPES = {  # of the miniature; batches of pictures with 10 questions or 30 sho
     0: dict(batch_size=24, steps=4200, lr=0.015, warmup=50, flat=0.6, words=1.0, rest_from=3200),
     1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, flat=0.5),
     2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, flat=0.5, early=0.375),
-    3: dict(batch_size=128, steps=300, lr=0.03, warmup=20, flat=0.5, questions=500, labels="task", leave_out=()),
+    3: dict(batch_size=128, steps=400, lr=0.25, warmup=20, flat=0.5, questions=500, labels="task", leave_out=()),
 }
 RATES = {0: 1e-3, 1: 1e-4, 2: 1e-5}  # on training files, 128 samples a step (paper 5.1; 0 as LLaVA's first stage)
 ROUTER = dict(batch_size=16, steps=1000, lr=3e-3, warmup=20, flat=0.5, questions=500, labels="task", leave_out=())
@@ -320,6 +320,8 @@ def start(stage, name, args, out):
     model = VLM.from_pretrained(source or (DENSE.parent if stage == 3 else DENSE))
     if stage == 3:
         torch.manual_seed(args.seed)
+        if args.labels == "sample":  # chance decides many of the oracle's choices: there is always doubt
+            model.config.doubt = 1.0
         return model.add_router()
     if stage and not model.config.ca:
         model.add_cross_attention(*((toy.CA, toy.SA, toy.VIABLE) if mini else ()))

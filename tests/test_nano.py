@@ -36,7 +36,7 @@ def test_the_staircase(report):
     dense, none, full = rows[ALL], rows[()], rows[FULL]
     assert dense["easy"] > 0.95 and dense["hard"] > 0.8
     assert none["easy"] > 0.99 * dense["easy"] and none["hard"] < 0.6 * dense["hard"]
-    assert full["hard"] > 0.88 * dense["hard"] and full["hard"] > 2 * none["hard"]
+    assert full["hard"] > 0.95 * dense["hard"] and full["hard"] > 2 * none["hard"]
     best = [max(row["hard"] for sa, row in rows.items() if len(sa) == n) for n in range(4)]
     assert best == sorted(best)
     assert all(row["saving"] > 1.5 for sa, row in rows.items() if sa != ALL)
@@ -46,7 +46,7 @@ def test_the_router_spends_little_on_easy_questions_and_much_on_hard_ones(report
     rows = {row["name"]: row for row in report.rows}
     routed, full = rows["router"], rows[router.name(report.config, FULL)]
     for group in GROUPS:
-        assert routed[group] > 0.97 * full[group]
+        assert routed[group] > 0.985 * full[group]
     assert routed["saving"] > 1.4 * full["saving"]
     assert routed["by_group"]["easy"]["layers"] < 0.3 and routed["by_group"]["hard"]["layers"] > 1.5
     cheap = {task: x["shares"].get("none", 0) for task, x in routed["by_task"].items()}

@@ -15,7 +15,7 @@ import toy
 import train
 from config import Config, preset, run
 from data import ANSWER, IMAGE, Prompt, chatml, collate, encode, picture, place_images, split_shared
-from model import DOUBT, VLM
+from model import VLM
 from tests import tiny
 from tests.test_flops import counted
 
@@ -165,19 +165,24 @@ def test_the_policy_sees_what_stands_before_it_and_nothing_else():
     cost = {sa: flops.llm_flops(m.config, sa, 40, 1000) for sa in VIABLE}
     mixed = 0
     for sa, row in zip(routes, scores.softmax(-1).tolist()):
-        assert sa == max((own for p in row for own, x in zip(VIABLE, p) if x >= DOUBT), key=cost.get)
+        best = max((cost[own], x) for p in row for own, x in zip(VIABLE, p) if x >= 0.02)  # of equal cost the likelier
+        assert (cost[sa], max(p[VIABLE.index(sa)] for p in row)) == best
         mixed += len({max(zip(p, VIABLE))[1] for p in row}) > 1
     assert mixed >= 3
 
 
 def test_in_doubt_the_route_is_the_costlier_one(monkeypatch):
-    """VIABLE's last is the costliest: chosen at probability 2 %, not at 0.5 %; what is barred has no probability."""
+    """VIABLE's last is the costliest: chosen at probability 3 %, not at 0.5 %; what is barred has no probability."""
     m = model(5)
-    for rare, allowed, wanted in ((0.02, None, -1), (0.005, None, 0), (0.02, VIABLE[:2], 0), (0.02, VIABLE[1:], -1)):
+    for rare, allowed, wanted in ((0.03, None, -1), (0.005, None, 0), (0.03, VIABLE[:2], 0), (0.03, VIABLE[1:], -1)):
         p = torch.tensor([1 - rare, *[0.0] * (len(VIABLE) - 2), rare])
         monkeypatch.setattr(m, "policy", lambda *_, p=p: p.log()[None, None])
         assert m.route(None, [[0]], allowed) == [tuple(VIABLE[wanted])]
-    p = torch.tensor([0.5, 0.02, 0.48, 0.0, 0.0])  # 1,4 and 1,7 cost the same
+    m.config.doubt = 1  # the likeliest
+    monkeypatch.setattr(m, "policy", lambda *_: torch.tensor([0.5, 0.1, 0.1, 0.0, 0.3]).log()[None, None])
+    assert m.route(None, [[0]]) == [(1,)]
+    m.config.doubt = 0.02
+    p = torch.tensor([0.5, 0.03, 0.47, 0.0, 0.0])  # 1,4 and 1,7 cost the same
     for own, wanted in ((p, (1, 7)), (p[[0, 2, 1, 3, 4]], (1, 4))):
         monkeypatch.setattr(m, "policy", lambda *_, own=own: own.log()[None, None])
         assert m.route(None, [[0]]) == [wanted]
