@@ -233,7 +233,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, ranks=None
 
 def parse(argv=None):
     p = Parser(description="Train: without --stage, the miniature's stages 1 to 3 from nano/dense, then the table.",
-               epilog="The miniature's stage 0 takes about 42 minutes on one core, its others about 11 together. Under "
+               epilog="The miniature's stage 0 takes about 42 minutes on one core, its others 7 together on two. Under "
                "torchrun, training files are shared out among the processes.")
     p.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="0 dense pretraining, 1 the new cross-attentions "
                    "alone, 2 everything, universal, 3 the router")
