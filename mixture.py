@@ -328,11 +328,10 @@ class Exam:
                     self.numbers.append(first + k)
                     left -= 1
             first = end
-        said = f"{len(self.faults)} samples cannot be used, " + next((f"as {x}" for x in self.faults.values()), "")
+        said = next((f"{len(self.faults)} samples cannot be used, as {x}" for x in self.faults.values()), "")
         if not self.numbers:
-            raise ValueError("no question about a single picture in the training file: give another one with --data; "
-                             + said)
-        if self.faults:
+            raise ValueError("no question about a single picture in the training file" + (said and f"; {said}"))
+        if said:
             print(said, file=sys.stderr)
         self.paths = {samples.find(i)[0].path for i in self.numbers}
 
