@@ -321,7 +321,7 @@ def training(ours, config, tiles, batch, rate, dtype):
                                                       + encoder * (1 if stage == 1 else 3))
         out.append({"training": label, "tiles": tiles, "batch": batch, "seconds": spent, "peak": peak_bytes(),
                     "tokens_per_second": batch * (TEXT + vision) / spent, "matmul_share": flop / spent / rate})
-        del opts
+        del opts, opt  # or its states would count for the next row
     return out
 
 

@@ -157,7 +157,8 @@ def test_stage_3_on_a_mixture(world, tmp_path, capsys):
     """Labels for each file of it; the first questions about lone pictures are the exam."""
     (tmp_path / "mix.yaml").write_text("datasets:\n" + "".join(
         f"  - json_path: {world / 'data.json'}\n    sampling_strategy: {s}\n" for s in ("first:12", "end:9")))
-    flags = ["--stage", 3, "--model", world / "routed", "--data", tmp_path / "mix.yaml", "--steps", 3, "--batch-size", 4]
+    flags = ["--stage", 3, "--model", world / "routed", "--data", tmp_path / "mix.yaml", "--steps", 3]
+    flags += ["--batch-size", 4]
     model = tiny.model(visor=False).add_cross_attention((1, 2, 5), (0, 3), [(0,), (0, 3)])
     model.save_pretrained(world / "routed")
     assert call(*flags, "--out", tmp_path / "out") == 0
@@ -170,8 +171,8 @@ def test_stage_3_on_a_mixture(world, tmp_path, capsys):
     assert {n for n in after if n not in before or not torch.equal(before[n], after[n])} == {
         n for n in after if n.startswith("router.")}
     out = capsys.readouterr().out
-    assert "routed to, %" in out and "\ndata " in out and out.splitlines()[-1] == str(train.newest(tmp_path / "out", [3]))
     routed = train.newest(tmp_path / "out", [3])
+    assert "routed to, %" in out and "\ndata " in out and out.splitlines()[-1] == str(routed)
     words = "--report", "--model", routed
     assert call(*words, "--data", world / "data.json", "--exam", 3, main=router.main) == 0
     assert "\ndata " in capsys.readouterr().out
@@ -333,7 +334,8 @@ def test_ranks_without_pictures_or_samples(world, tmp_path):
 
 @pytest.mark.parametrize("more, say", [
     (["--fsdp"], "torchrun"), (["--max-tokens", 0], "--max-tokens"), (["--data", "no.json"], "no.json"),
-    (["--max-bad", -1], "--max-bad"), (["--device", "foo"], "--device foo"), (["--label-rule", "x"], "--label-rule"), (["--keep", 0], "--keep")])
+    (["--max-bad", -1], "--max-bad"), (["--device", "foo"], "--device foo"),
+    (["--label-rule", "x"], "--label-rule"), (["--keep", 0], "--keep")])
 def test_bad_input_is_one_line(more, say, world, tmp_path, capsys):
     assert call(*words(world, tmp_path), *more) == 2
     err = capsys.readouterr().err.strip().splitlines()

@@ -98,7 +98,8 @@ datasets:
 """)
     files = [str(tmp_path / f"{x}.json") for x in "abcac"]
     found = entries(tmp_path / "mix.yaml")
-    assert [str(f) for f, _ in found] == files and [s for _, s in found] == ["first:25%", "end:2", "end:2", "all", "all"]
+    assert [str(f) for f, _ in found] == files
+    assert [s for _, s in found] == ["first:25%", "end:2", "end:2", "all", "all"]
     questions = [s.raw(i)[1][0] for s in [samples(tmp_path / "mix.yaml")] for i in range(len(s))]
     assert questions == ["a 0", "a 1", "a 2", "b 5", "b 6", "c 3", "c 4", *(f"a {i}" for i in range(10)),
                          *(f"c {i}" for i in range(5))]
