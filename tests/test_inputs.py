@@ -1,17 +1,17 @@
 """Pictures and prompts: token counts, pixels, positions, ids."""
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from config import PAD, Config
-from data import (chatml, collate, encode, load_image, picture, place_images, split_shared, tiling, to_rgb,
-                  vocabulary_size)
+from data import (chatml, collate, encode, load_image, load_tokenizer, picture, place_images, split_shared, tiling,
+                  to_rgb, vocabulary_size)
 from tests import tiny
 
 GOLDEN = {  # (width, height): grid rows, columns; kept rows, columns; tokens. By the original's rule
@@ -87,9 +87,11 @@ def test_exif_rotation(tmp_path):
 
 
 @pytest.fixture
-def qwen2():
-    """The real Qwen2 tokenizer, cut down to the words of these tests (Apache-2.0)."""
-    return Tokenizer.from_file(str(Path(__file__).parent / "qwen2_cut.json"))
+def qwen2(tmp_path_factory):
+    """The real Qwen2 tokenizer as llava-hf has it, cut down to the words of these tests (Apache-2.0)."""
+    directory = tmp_path_factory.mktemp("qwen2")
+    shutil.copy(Path(__file__).parent / "qwen2_cut.json", directory / "tokenizer.json")
+    return load_tokenizer(directory)
 
 
 def test_golden_ids(qwen2):
