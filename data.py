@@ -175,6 +175,7 @@ def load_tokenizer(directory):
     if tokenizer.token_to_id(IMAGE) is not None:  # llava-hf's; here such words are placeholders or plain text
         spec = json.loads(tokenizer.to_str())
         spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in (IMAGE, "<video>")]
+        spec["model"]["vocab"] = {t: i for t, i in spec["model"]["vocab"].items() if t not in (IMAGE, "<video>")}
         tokenizer = Tokenizer.from_str(json.dumps(spec))
     return tokenizer
 
