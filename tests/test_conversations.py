@@ -210,14 +210,22 @@ train.run(train.main)
 """
 
 
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(world, tmp_path):
-    """In this process and in others, all with as many threads: how many there are decides how sums are rounded."""
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(world, tmp_path, one_thread):
+    """In this process and in others, all with one thread: how many there are decides how sums are rounded."""
     flags = words(world, tmp_path / "whole", "--steps", 24, "--save-every", 5, "--seed", 2)
     assert call(*flags) == 0
     flags[flags.index(str(tmp_path / "whole"))] = str(tmp_path / "parts")
 
     def killed(code, *more):
-        done = subprocess.run([sys.executable, "-c", code, *flags, *more], cwd=ROOT,
+        done = subprocess.run([sys.executable, "-c", code, *flags, *more], cwd=ROOT, env=ONE_THREAD,
                               capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
     killed(KILLER.format(where="train.save_file", at=2))            # within a save: weights are there, moments not
@@ -225,7 +233,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(world, tmp_path):
     killed(KILLER.format(where="train.os.replace", at=7), "--resume")  # at one of the renames of a save
     killed(KILLER.format(where="train.rate", at=4), "--resume")     # between loss and update
     for _ in range(2):                                              # and just anywhere
-        process = subprocess.Popen([sys.executable, "train.py", *flags, "--resume"], cwd=ROOT,
+        process = subprocess.Popen([sys.executable, "train.py", *flags, "--resume"], cwd=ROOT, env=ONE_THREAD,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         process.stderr.readline()
         time.sleep(random.uniform(0.0, 1.5))

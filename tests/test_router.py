@@ -160,7 +160,7 @@ def test_the_policy_sees_what_stands_before_it_and_nothing_else():
             cut = Prompt([i for i, pos in zip(p.ids, p.t_pos) if pos < ask], [x for x in p.t_pos if x < ask],
                          p.v_pos, p.pictures, [ask])
             alone = m.policy(m.read(collate([cut]), "auto"), [cut.asks])[0, 0]
-            assert diff(row[k], alone) < 1e-4
+            assert diff(row[k], alone) < 1e-4 * row.abs().max()  # `divide` makes them large
     routes = m.route(m.read(collate(prompts), "auto"), [p.asks for p in prompts])
     cost = {sa: flops.llm_flops(m.config, sa, 40, 1000) for sa in VIABLE}
     mixed = 0
