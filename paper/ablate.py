@@ -52,10 +52,11 @@ def tables(rows, dense):
     dense: the row of the dense model."""
 
     def cell(name, sa, tasks):
-        """Mean and spread (largest minus smallest) over the seeds."""
+        """Mean over the seeds and, of several, the spread (largest minus smallest)."""
         found = [r["tasks"] for row in rows if row["run"] == name for r in row["rows"] if tuple(r["sa"]) == sa]
         means = [statistics.mean(r[t] for t in tasks) for r in found]
-        return f"{statistics.mean(means):.3f} ({max(means) - min(means):.3f})" if means else "-"
+        spread = f" ({max(means) - min(means):.3f})" if len(means) > 1 else ""
+        return f"{statistics.mean(means):.3f}{spread}" if means else "-"
     levels = [[t for t, task in toy.TASKS.items() if task.level == level] for level in range(4)]
     lines = ["| layers | saving | easy | level 1 | level 2 | level 3 | hard |", "|---|---|---|---|---|---|---|"]
     mean = {i: statistics.mean(dense["tasks"][t] for t in tasks) for i, tasks in enumerate([*levels, toy.HARD])}
