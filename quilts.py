@@ -83,16 +83,17 @@ class Quilts:
             model.language_model(t[:, :2], v, t_pos[:, :2], v_pos, range(n), states=states, rest=tired)  # 2 before it
             for level, l in enumerate((-1, *toy.SA)):
                 truth = truth.maximum(self.truth(pictures, level).to(v.device))
-                loss = loss + self.words * word_loss(model, states[l][:, toy.CELL_TOKENS], truth)
+                loss = loss + self.words * word_loss(model, states[l][:, toy.PANEL_TOKENS + toy.CELL_TOKENS], truth)
         yield loss
 
     def truth(self, quilts, level):
-        """(B, 36, vocab) 1 for each word that becomes true of a cell at this level."""
-        truth = np.zeros((len(quilts) * 36, self.model.config.vocab), dtype=np.float32)
+        """(B, 40, vocab) 1 for each word that becomes true of a panel or a cell at this level."""
+        n = len(toy.PANEL_TOKENS + toy.CELL_TOKENS)
+        truth = np.zeros((len(quilts) * n, self.model.config.vocab), dtype=np.float32)
         said = [words for quilt in quilts for words in toy.words(quilt, level)]
         cells = [i for i, words in enumerate(said) for _ in words]
         truth[cells, [self.vocabulary[w] for words in said for w in words]] = 1
-        return torch.from_numpy(truth).unflatten(0, (-1, 36))
+        return torch.from_numpy(truth).unflatten(0, (-1, n))
 
 
 def fresh(seed):

@@ -27,7 +27,9 @@ from data import IMAGE, chatml
 
 CELL, STITCH, SIDE = 12, 2, 6  # pixels of a cell, of a stitch; cells along a quilt
 GROUND = {"red": (178, 92, 86), "green": (86, 150, 96), "blue": (88, 110, 176), "yellow": (176, 150, 78)}
+SHADES = {"plain": 0, "dark": -30, "light": 30}  # added to a panel's ground
 CONTRAST, MOTTLE = 64, 10      # a stitch is +- this around its ground; the cloth's own brightness varies by this
+FLOOR, CEILING = 12, 243       # stitches stay between: what is clipped at 0 or 255 would not average away
 FONT = """
 a .###. c .#### e ##### h #...# k #...# l #.... p ####. t ##### x #...#
 a #...# c #.... e #.... h #...# k #..#. l #.... p #...# t ..#.. x .#.#.
@@ -69,13 +71,16 @@ ROWS = [f"{colour}:{row}" for colour in COLOURS for row in "abc"]
 
 class Task(NamedTuple):
     kind: str     # the quilts it is asked about
-    level: int    # 0 easy; otherwise how many relations build on one another
+    level: int    # -1: the base tile shows it; 0: one cell shows it; n > 0: n relations that build on one another
     ask: str      # the question; {} is the argument
     like: str     # the benchmark it stands for
     why: str      # hard tasks: why text tokens alone, which read cells but cannot change them, do not suffice
 
 
 TASKS = {  # text looks at the picture once for each cross-attention, head and token of the question
+    "shade": Task("scene copy table", -1, "how is {}", "MME, colour", ""),
+    "count shade": Task("scene copy table", -1, "how many {}", "MME, count", ""),
+    "any shade": Task("scene copy table", -1, "is there any {}", "MME, existence", ""),
     "exist": Task("scene", 0, "is there any {}", "POPE", ""),
     "colour": Task("scene", 0, "what colour is the {}", "GQA", ""),
     "where": Task("scene", 0, "where is the {}", "RealWorldQA", ""),
@@ -95,8 +100,9 @@ TASKS = {  # text looks at the picture once for each cross-attention, head and t
     "updated pairs": Task("table", 3, "how many updated pairs in {}", "DocVQA, several hops", "whether a cell is "
                           "updated for 9 cells, then 6 pairs of neighbours"),
 }
-EASY = [name for name, task in TASKS.items() if not task.level]
-HARD = [name for name, task in TASKS.items() if task.level]
+STRATA = {"coarse": [name for name, task in TASKS.items() if task.level < 0],
+          "detail": [name for name, task in TASKS.items() if task.level == 0],
+          "relations": [name for name, task in TASKS.items() if task.level > 0]}
 FILLERS = "is there what the at of how many in".split()  # what captions leave out
 KINDS = ["scene", "copy", "table"]
 MARKS = ["same", "changed", "even", "odd", "kept", "updated", "single", "pairs"]  # what a relation can say of a cell
@@ -105,6 +111,7 @@ MARKS = ["same", "changed", "even", "odd", "kept", "updated", "single", "pairs"]
 # --- quilts ---------------------------------------------------------------------------------------------------------
 
 TRAIN, EXAM = 0, 1  # the first number of every seed: what is learned from and what is asked in exams never meet
+PANEL_TOKENS = [0, 2, 6, 8]  # the corners of the base tile's 3 x 3 tokens: each sees one panel alone
 CELL_TOKENS = [9 + 7 * row + column for row in range(SIDE) for column in range(SIDE)]  # the base tile has 9; newlines
 # A new cross-attention starts from its layer's own weights, so it belongs where the dense model looks at the picture.
 # For shapes that is layer 0 (without it, "where" falls from 1.00 to .07): with ca 2, 5, 8, 11 it was at .20 after 400
@@ -116,6 +123,7 @@ VIABLE = ((), (4,), (7,), (4, 7), (4, 10), (4, 7, 10))
 class Quilt(NamedTuple):
     kind: str
     signs: np.ndarray  # (6, 6) index into NAMES, or BLANK
+    shades: list       # of each panel, a word of SHADES
     marks: list        # per level 1, 2, 3: (4, 9) words that the relations give to the cells of each panel, or None
 
 
@@ -150,7 +158,10 @@ def quilt(rng, kind):
             marks[1, 3] = np.where(flags[1], "updated", "kept")
         above = flags[1][:6] & flags[1][3:]
         marks[2, 3, 3:] = np.where(above, "pairs", "single")  # it and the cell above
-    return Quilt(kind, p.reshape(2, 2, 3, 3).transpose(0, 2, 1, 3).reshape(6, 6), marks)
+    # A quilt has dark cloth, and light, with probability .58 each: then every other quilt has a panel of that shade
+    cloths = ["plain", *(shade for shade in ("dark", "light") if rng.random() < 0.58)]
+    shades = [cloths[i] for i in rng.integers(len(cloths), size=4)]
+    return Quilt(kind, p.reshape(2, 2, 3, 3).transpose(0, 2, 1, 3).reshape(6, 6), shades, marks)
 
 
 def _flags(rng):
@@ -159,16 +170,23 @@ def _flags(rng):
     return (rng.random((3, 3)).argsort(1) < n[:, None]).ravel()
 
 
-STITCHES = np.zeros((BLANK + 1, CELL, CELL), dtype=np.int16)  # what each sign adds to the cloth
+STITCHES = np.zeros((BLANK + 1, CELL, CELL), dtype=np.int16)  # +1 and -1 where a sign is lighter, darker than the cloth
 for _i, _sign in enumerate(SIGNS.values()):
-    _checker = np.where(np.add.outer(np.arange(10), np.arange(10)) % 2, -CONTRAST, CONTRAST)
+    _checker = np.where(np.add.outer(np.arange(10), np.arange(10)) % 2, -1, 1)
     STITCHES[_i, :10, :10] = np.kron(_sign, np.ones((STITCH, STITCH), dtype=np.int16)) * _checker
-CLOTH = np.array(list(GROUND.values()), dtype=np.int16)[[0, 0, 0, 1, 1, 1] * 3 + [2, 2, 2, 3, 3, 3] * 3]
+PANEL_OF_CELL = np.array([0, 0, 0, 1, 1, 1] * 3 + [2, 2, 2, 3, 3, 3] * 3)
+
+
+def cloth(shades):
+    """(4, 3) RGB of the panels' cloth, and how far stitches on it may go up and down."""
+    ground = np.array(list(GROUND.values())) + np.array([SHADES[shade] for shade in shades])[:, None]
+    return ground, np.minimum(CONTRAST, np.minimum(ground - FLOOR, CEILING - ground))
 
 
 def render(quilt, rng):
     """The quilt as a PIL image of 72 x 72 pixels."""
-    cells = STITCHES[quilt.signs.ravel()][..., None] + CLOTH[:, None, None]     # (36, 12, 12, 3)
+    ground, contrast = (x[PANEL_OF_CELL][:, None, None] for x in cloth(quilt.shades))          # (36, 1, 1, 3)
+    cells = STITCHES[quilt.signs.ravel()][..., None] * contrast + ground                       # (36, 12, 12, 3)
     image = cells.reshape(SIDE, SIDE, CELL, CELL, 3).transpose(0, 2, 1, 3, 4).reshape(SIDE * CELL, SIDE * CELL, 3)
     mottle = rng.normal(0, MOTTLE, (SIDE * CELL // STITCH,) * 2).repeat(STITCH, 0).repeat(STITCH, 1)
     return Image.fromarray((image + mottle[..., None]).clip(0, 255).astype(np.uint8))
@@ -179,7 +197,8 @@ def is_quilt(image):
     if image.size != (SIDE * CELL,) * 2:
         return False
     panel = np.asarray(image.convert("RGB"), dtype=float).reshape(2, 36, 2, 36, 3).mean((1, 3)).reshape(4, 3)
-    return bool(np.abs(panel - np.array(list(GROUND.values()))).max() < 20)
+    grounds = [cloth([shade] * 4)[0] for shade in SHADES]
+    return bool(np.min([np.abs(panel - ground).max(1) for ground in grounds], axis=0).max() < 20)
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
@@ -191,6 +210,11 @@ def questions(quilt):
     def add(task, argument, answer):
         asks.setdefault(task, []).append((TASKS[task].ask.format(argument), str(answer)))
     p, (one, two, three) = panels(quilt.signs), quilt.marks
+    for colour, shade in zip(COLOURS, quilt.shades):
+        add("shade", colour, shade)
+    for shade in ("dark", "light"):
+        add("count shade", shade, quilt.shades.count(shade))
+        add("any shade", shade, "yes" if shade in quilt.shades else "no")
     if quilt.kind == "scene":
         for i, shape in enumerate(SHAPES, start=NAMES.index(SHAPES[0])):
             found = np.argwhere(p == i)
@@ -225,8 +249,9 @@ def conversation(rng, turns, kind=None):
     q = quilt(rng, kind or KINDS[rng.integers(len(KINDS))])
     asks = {task: list(rng.permutation(pairs)) for task, pairs in questions(q).items()}
     asked = []
-    while len(asked) < turns and asks:  # tasks equally often, though one has 36 questions and another has one
-        task = list(asks)[rng.integers(len(asks))]
+    while len(asked) < turns and asks:  # tasks equally often, though one has 36 questions and another one; but the three
+        weights = np.array([1 / 3 if TASKS[task].level < 0 else 1.0 for task in asks])  # coarse ones as often as one
+        task = list(asks)[rng.choice(len(asks), p=weights / weights.sum())]
         asked.append((task, *map(str, asks[task].pop())))
         if not asks[task]:
             del asks[task]
@@ -246,14 +271,16 @@ def caption(asked):
 
 
 def exam(seed, n, split=EXAM):
-    """[(image, [(task, question, answer), ...])]: n held-out quilts of each kind, each with one question a task.
-    split: TRAIN for those that a router learns from."""
+    """[(image, [(task, question, answer), ...])]: held-out quilts, n of each kind, and n questions a task: each quilt has
+    one of every task of its kind, and of the coarse tasks, which suit all kinds, one in turn. split: TRAIN for those
+    that a router learns from."""
     papers = []
     for i, kind in enumerate(KINDS * n):
         rng = np.random.default_rng((split, seed, i))
         q = quilt(rng, kind)
-        papers.append((render(q, rng), [(task, *pairs[rng.integers(len(pairs))]) for task, pairs in
-                                        questions(q).items()]))
+        image, others = render(q, rng), set(STRATA["coarse"]) - {STRATA["coarse"][(i + i // 3) % 3]}
+        papers.append((image, [(task, *pairs[rng.integers(len(pairs))]) for task, pairs in questions(q).items()
+                               if task not in others]))
     return papers
 
 
@@ -262,23 +289,25 @@ PLACES = [(colour, cell, f"{colour}:{cell}", f"{colour}:{cell[0]}") for colour i
 
 
 def words(quilt, level):
-    """36 tuples of words, row by row of the quilt: what becomes known of each cell at a level, for stage 0.
+    """4 + 36 tuples of words: what becomes known of each panel and cell at a level, for stage 0, in the order of
+    PANEL_TOKENS and CELL_TOKENS.
 
-    Level 0 is what its own tile shows: colour, cell, address, row and sign. Levels 1 to 3 are its relations.
+    Level 0 is what a token's own pixels show: a panel's colour and shade; a cell's colour, place, address, row and sign.
+    Levels 1 to 3 are a cell's relations.
     """
     if level:
         said = [(str(word),) if word else () for word in quilt.marks[level - 1].flat]
-    else:
-        signs = [(name,) for name in NAMES] + [()]
-        said = [place + signs[s] for place, s in zip(PLACES, panels(quilt.signs).flat)]
-    return [said[i] for i in ORDER]
+        return [()] * 4 + [said[i] for i in ORDER]
+    signs = [(name,) for name in NAMES] + [()]
+    said = [place + signs[s] for place, s in zip(PLACES, panels(quilt.signs).flat)]
+    return [*zip(COLOURS, quilt.shades), *(said[i] for i in ORDER)]
 
 
 def tokenizer():
     """A word-level tokenizer with Qwen2's chat markers. What always stands around a turn is one token."""
     plain = sorted({w for t in TASKS.values() for w in t.ask.replace("{}", "").split()})
     plain += ["yes", "no", "describe", "quilt"]
-    vocabulary = list(dict.fromkeys(["<unk>", *plain, *NAMES, *MARKS, *COLOURS, *CELLS, *ROWS, *ADDRESSES]))
+    vocabulary = list(dict.fromkeys(["<unk>", *plain, *NAMES, *MARKS, *SHADES, *COLOURS, *CELLS, *ROWS, *ADDRESSES]))
     t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
     t.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("?", "")])
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -41,11 +41,11 @@ from sample import placement
 
 DENSE = Path(__file__).parent / "nano" / "dense"  # where the miniature starts from
 
-GROUPS = {"easy": toy.EASY, "hard": toy.HARD}
+GROUPS = toy.STRATA
 USUAL = 9, (toy.SIDE * toy.CELL,) * 2  # text tokens of a question, size of its picture: for the savings
 
 RECIPES = {  # of the miniature; batches of pictures with 10 questions or 30 short ones each, in stage 3 of questions
-    0: dict(batch_size=24, steps=4200, lr=0.015, warmup=50, flat=0.6, words=1.0, rest_from=3200),
+    0: dict(batch_size=24, steps=5000, lr=0.015, warmup=50, flat=0.6, words=1.0, rest_from=3700),
     1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, flat=0.5),
     2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, flat=0.5, early=0.375),
     3: dict(batch_size=128, steps=400, lr=0.25, warmup=20, flat=0.5, questions=500, labels="task", leave_out=()),
