@@ -1,14 +1,11 @@
-"""Settings: the architecture's numbers, read from the config.json of every family that we understand, and the manners
-that all command lines share.
+"""The architecture's numbers, and how each family's config.json says them.
 
-No torch in here, nor in data.py and flops.py: importing it takes 1.5 s, and flops.py and --help answer at once.
+Imports no torch (1.5 s), nor do data.py and flops.py: so flops.py and every --help answer at once. That is why the
+families' config.json files are read here and not in weights.py.
 """
-import argparse
 import json
 import math
-import os
 import re
-import sys
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -46,11 +43,11 @@ class Config:
     vision_eps: float = 1e-6
     tile: int = 384                 # pixels per side of one tile
     patch: int = 14                 # pixels per side of one patch; 384 // 14 = 27, the last 6 pixels are never seen
-    # pictures: anyres
+    # images: anyres
     pinpoints: tuple = PINPOINTS    # allowed grids (columns, rows), in tiles
     max_tiles: int | None = 9       # above about this many tiles' worth of tokens the grid is shrunk; None: never
     unpad: str = "original"         # "original" truncates the unpadded side; "hf" rounds it to 7 digits before
-    multi_image_newline: bool = True  # 730 tokens for each of several pictures (training, Hugging Face); else 729
+    multi_image_newline: bool = True  # 730 tokens for each of several images (training, Hugging Face); else 729
     # token packing (VISOR-TR, paper 4.4 and appendix I)
     pack: float = 1.0               # each tile has about this many times fewer tokens
     pack_widen: bool = False        # the connector reads four sub-tokens side by side; else their mean
@@ -59,11 +56,11 @@ class Config:
     sa: tuple = ()                  # layers that may run as self-attention over both streams (paper 4.2.2)
     viable: tuple = ()              # configurations (subsets of sa) that the model is trained for (paper 4.2.3)
     router: bool = False            # it has a policy that chooses among them (paper 4.3)
-    doubt: float = 0.02             # the router takes the costliest configuration that is as likely; 1: the likeliest
+    route_threshold: float = 1.0    # the router takes the costliest configuration at least as likely; 1: the likeliest
     # history
     stage: str = "random"           # what made the weights: random, pretrained, 0, 1, 2, 3
     step: int = 0
-    world: str = ""                 # "toy": it has seen toy.py's quilts and nothing else
+    world: str = ""                 # "toy": it has seen toy/'s quilts and nothing else
 
     @property
     def patches(self):
@@ -75,15 +72,16 @@ class Config:
         """Tokens along one side of a tile, as the language model sees it: fewer than patches where they are packed."""
         return max(1, int(self.patches / math.sqrt(self.pack) + 0.5))
 
-    def readers(self, sa):
-        """(the cross-attentions that run, the last layer that reads v). In a layer of sa its cross-attention rests."""
+    def vision_readers(self, sa):
+        """Of a configuration: (the layers whose cross-attention runs, the last layer of all that reads vision, or -1).
+        In a layer of sa its cross-attention is not run (Eq. 3)."""
         cross = [l for l in self.ca if l not in sa]
         return cross, max([*sa, *cross], default=-1)
 
     @property
-    def fork(self):
-        """The first layer in which viable configurations differ: the route is taken before it. None without any."""
-        return min(forks(self.viable), default=None)
+    def route_layer(self):
+        """The first layer in which viable configurations differ: the router decides before it (4.3). None without."""
+        return min(branch_layers(self.viable), default=None)
 
     def unpacked(self):
         """The same without token packing: what savings are measured against."""
@@ -107,7 +105,7 @@ class Config:
         if not self.pinpoints or not all(len(p) == 2 and min(p) >= 1 for p in self.pinpoints):
             raise ValueError("pinpoints: a list of at least one (columns, rows) is needed")
         self._check_layers(self.ca, self.sa, self.viable)
-        if self.router and self.fork is None:
+        if self.router and self.route_layer is None:
             raise ValueError("a router needs at least two viable configurations to choose from")
 
     def _check_layers(self, ca, sa, viable):
@@ -148,9 +146,15 @@ class Config:
         return sa
 
 
-def forks(configurations):
-    """The layers in which two configurations differ that agree in all layers before."""
+def branch_layers(configurations):
+    """The layers in which two configurations differ that agree on all layers before."""
     return {min(set(a) ^ set(b)) for a, b in combinations(configurations, 2) if set(a) != set(b)}
+
+
+def group_by_configuration(sa):
+    """[(configuration, [samples that run it])] of a list with one configuration for each sample."""
+    sa = [tuple(sorted(x)) for x in sa]
+    return [(own, [i for i, x in enumerate(sa) if x == own]) for own in dict.fromkeys(sa)]
 
 
 PRESETS = {
@@ -273,27 +277,3 @@ def _llava_original(raw):
     vision = _siglip(VISION_TOWERS[tower], feature_layer=-2)
     return Config(**_qwen2(raw), **vision, stage="pretrained",
                   **_anyres(raw.get("image_aspect_ratio", "anyres_max_9"), raw["image_grid_pinpoints"], vision["tile"]))
-
-
-class Parser(argparse.ArgumentParser):
-    """Command lines of every script: bad input gives one line `error: ...` on stderr and exit status 2."""
-
-    def error(self, message):
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def run(main):
-    """Calls a script's main; a mistake in the input ends like one in the command line, without a traceback."""
-    try:
-        main()
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):  # torch's way to say that there is not enough
-            raise
-        print(f"error: {' '.join(str(e).split()) or 'out of memory: give smaller pictures or fewer'}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None

@@ -1,11 +1,8 @@
-"""A picture and a conversation become arrays: tiles (anyres), ChatML, token positions, batches.
+"""An image and a conversation become arrays: tiles (anyres), ChatML, token positions, batches.
 
-LLaVA-OneVision's input side, without torch: `tiling` is the one place that knows how many visual tokens a picture
-of a given size costs, and `pixels`, the model and flops.py all follow it. What differs from the original code is
-said at the line that differs. Training files are read in mixture.py, which also shows and checks them:
-
-    python data.py --show FILE [--index N]    what a sample becomes: learned tokens green, others red
-    python data.py --check FILE               reads every sample once and counts what is wrong with them
+LLaVA-OneVision's input side, without torch. `tiling` is the one place that knows how many visual tokens an image of a
+given size costs; `pixels`, the model and flops.py all follow it. What differs from the original code is said at the
+line that differs. Training files are read in llava/ (`python -m llava --check FILE`, `--show FILE`).
 """
 import json
 import math
@@ -17,34 +14,34 @@ import numpy as np
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-from config import PAD, run
+from config import PAD
 
-IMAGE = "<image>"  # stands for a picture in a question; never becomes a token of the language model
+IMAGE = "<image>"  # stands for an image in a question; never becomes a token of the language model
 SYSTEM = "You are a helpful assistant."
 ANSWER = "<|im_start|>assistant\n"  # after it an answer is due
 
 
-class Fault(ValueError):
-    """Something is wrong with a picture or a sample. kind: in two words what, for counting."""
+class SampleError(ValueError):
+    """An image or a sample that cannot be used. kind: the reason in two words, for counting."""
 
     def __init__(self, kind, message):
         super().__init__(message)
         self.kind = kind
 
     def __reduce__(self):  # so that it comes back whole from a worker process
-        return Fault, (self.kind, str(self))
+        return SampleError, (self.kind, str(self))
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 class Tiling(NamedTuple):
-    """How one picture becomes visual tokens. Tokens: base tile (side * side), then the grid row by row."""
-    canvas: tuple    # (width, height) in pixels of the grid of tiles; None when the picture is one padded tile
-    resized: tuple   # (width, height) in pixels of the picture on the canvas; the rest is black
+    """How one image becomes visual tokens. Tokens: base tile (side * side), then the grid row by row."""
+    canvas: tuple    # (width, height) in pixels of the grid of tiles; None when the image is one padded tile
+    resized: tuple   # (width, height) in pixels of the image on the canvas; the rest is black
     grid: tuple      # (rows, columns) of tiles
-    cut: tuple       # (rows, columns) of tokens dropped at each side, because they see only black
-    size: tuple      # (rows, columns) of tokens kept, after the shrink
-    shrunk: bool     # above max_tiles' worth of tokens the grid is interpolated down to `size`
+    crop: tuple      # (rows, columns) of tokens dropped at each side, because they see only black
+    size: tuple      # (rows, columns) of tokens kept, after the interpolation
+    interpolated: bool  # above max_tiles' worth of tokens the grid is interpolated down to `size`
     newlines: int    # image_newline vectors: one a row, or one after a lone tile
     tokens: int      # visual tokens in all, newlines included
 
@@ -53,23 +50,23 @@ class Tiling(NamedTuple):
         return 1 + self.grid[0] * self.grid[1]
 
 
-def tiling(width, height, config, alone=True, most=None):
-    """Tile grid and token count of a picture of width x height pixels (LLaVA-OneVision, anyres_max_9 + spatial_unpad).
+def tiling(width, height, config, single_image=True, max_tiles=None):
+    """Tile grid and token count of an image of width x height pixels (LLaVA-OneVision, anyres_max_9 + spatial_unpad).
 
-    alone: it is the only picture of its conversation. Of several, each is padded to a square and is one tile.
-    most: the most tiles that the grid may have, the base tile not counted (default: as many as the config allows).
+    single_image: it is the only image of its conversation. Of several, each is padded to a square and is one tile.
+    max_tiles: the most tiles that the grid may have, the base tile not counted (default: as many as config allows).
     """
     side, tile = config.side, config.tile
-    if not alone:
+    if not single_image:
         newlines = int(config.multi_image_newline)
         return Tiling(None, None, (0, 0), (0, 0), (0, 0), False, newlines, side * side + newlines)
 
-    def fit(grid):  # the larger picture area wins, then the smaller waste, then the earlier grid
+    def fit(grid):  # the larger image area wins, then the smaller waste, then the earlier grid
         w, h = grid[0] * tile, grid[1] * tile
         scale = min(w / width, h / height)
         used = min(int(width * scale) * int(height * scale), width * height)
         return used, used - w * h
-    columns, rows = max([g for g in config.pinpoints if most is None or g[0] * g[1] <= most], key=fit)
+    columns, rows = max([g for g in config.pinpoints if max_tiles is None or g[0] * g[1] <= max_tiles], key=fit)
     w, h = columns * tile, rows * tile
     if w / width < h / height:
         resized = w, min(math.ceil(height * (w / width)), h)
@@ -79,36 +76,36 @@ def tiling(width, height, config, alone=True, most=None):
     truncate = int if config.unpad == "original" else lambda x: int(round(x, 7))  # differs for 2 sizes in 88,530
     kept_w, kept_h = columns * side, rows * side  # tokens
     if width / height > kept_w / kept_h:
-        cut = (kept_h - truncate(height * (kept_w / width))) // 2, 0
+        crop = (kept_h - truncate(height * (kept_w / width))) // 2, 0
     else:
-        cut = 0, (kept_w - truncate(width * (kept_h / height))) // 2
-    kept_h, kept_w = kept_h - 2 * cut[0], kept_w - 2 * cut[1]
+        crop = 0, (kept_w - truncate(width * (kept_h / height))) // 2
+    kept_h, kept_w = kept_h - 2 * crop[0], kept_w - 2 * crop[1]
 
     times = math.sqrt(kept_h * kept_w / (config.max_tiles * side * side)) if config.max_tiles else 1.0
-    shrunk = times > 1.1  # so up to 1.21 * max_tiles tiles' worth stays as it is
-    if shrunk:
+    interpolated = times > 1.1  # so up to 1.21 * max_tiles tiles' worth stays as it is
+    if interpolated:
         kept_h, kept_w = int(kept_h // times), int(kept_w // times)
-    return Tiling((w, h), resized, (rows, columns), cut, (kept_h, kept_w), shrunk, kept_h,
+    return Tiling((w, h), resized, (rows, columns), crop, (kept_h, kept_w), interpolated, kept_h,
                   side * side + kept_h * (kept_w + 1))
 
 
 def load_image(path):
-    """An RGB PIL image, turned upright by its EXIF tag. Raises Fault with one line about the file."""
+    """An RGB PIL image, turned upright by its EXIF tag. Raises SampleError with one line about the file."""
     try:
         if not Path(path).is_file():
-            raise Fault("missing picture", f"{path}: no such picture; check the path")
+            raise SampleError("missing image", f"{path}: no such image; check the path")
         with Image.open(path) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
-        raise Fault("oversized picture",
+        raise SampleError("oversized image",
                     f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
     except Image.UnidentifiedImageError:
-        raise Fault("broken picture",
-                    f"{path}: not a picture that Pillow can read; give a PNG, JPEG, WebP, ...") from None
-    except Fault:
+        raise SampleError("broken image",
+                    f"{path}: not an image that Pillow can read; give a PNG, JPEG, WebP, ...") from None
+    except SampleError:
         raise
     except Exception as e:  # Pillow raises nearly anything on broken files
-        raise Fault("broken picture", f"{path}: broken picture ({e}); get it again") from None
+        raise SampleError("broken image", f"{path}: broken image ({e}); get it again") from None
 
 
 def to_rgb(image):
@@ -129,7 +126,7 @@ NORMALISED = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5))
 def pixels(image, tiles, config):
     """(tiles, 3, tile, tile) float32 in [-1, 1]: the base tile, then the grid row by row."""
     size = config.tile, config.tile
-    if tiles.canvas is None:  # one of several pictures: square on grey 127, then one tile
+    if tiles.canvas is None:  # one of several images: square on grey 127, then one tile
         square = Image.new("RGB", (max(image.size),) * 2, (127, 127, 127))
         square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
         crops = [square.resize(size, Image.BICUBIC)]
@@ -144,18 +141,18 @@ def pixels(image, tiles, config):
     return NORMALISED[np.ascontiguousarray(np.stack([np.asarray(crop).transpose(2, 0, 1) for crop in crops]))]
 
 
-class Picture(NamedTuple):
-    pixels: np.ndarray  # (tiles, 3, tile, tile)
+class ProcessedImage(NamedTuple):
+    pixels: np.ndarray  # (tiles, 3, tile, tile) float32
     tiling: Tiling
 
 
-def picture(image, config, alone=True, most=None):
-    """What the model needs of one PIL image. alone, most: as in `tiling`. Raises Fault."""
-    tiles = tiling(*image.size, config, alone, most)
-    if not alone and max(image.size) ** 2 > 2 * Image.MAX_IMAGE_PIXELS:
-        raise Fault("oversized picture",
-                    f"a picture of {image.width} x {image.height} is too long to be padded to a square; crop it")
-    return Picture(pixels(to_rgb(image), tiles, config), tiles)
+def process_image(image, config, single_image=True, max_tiles=None):
+    """What the model needs of one PIL image. single_image, max_tiles: as in `tiling`. Raises SampleError."""
+    tiles = tiling(*image.size, config, single_image, max_tiles)
+    if not single_image and max(image.size) ** 2 > 2 * Image.MAX_IMAGE_PIXELS:
+        raise SampleError("oversized image",
+                          f"an image of {image.width} x {image.height} is too long to be padded to a square; crop it")
+    return ProcessedImage(pixels(to_rgb(image), tiles, config), tiles)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -190,12 +187,12 @@ def place_images(question, n):
     if not question.isascii() and any("\ud800" <= c <= "\udfff" for c in question):
         raise ValueError("the question is not valid UTF-8; write it anew")
     if not question.replace(IMAGE, "").strip():
-        raise ValueError("the question is empty: ask something about the picture")
+        raise ValueError("the question is empty: ask something about the image")
     if IMAGE not in question:
         return " ".join([IMAGE] * n) + "\n" + question if n else question
     if question.count(IMAGE) != n:
-        raise ValueError(f"the question has {question.count(IMAGE)} {IMAGE} but {n} pictures were given: "
-                         "give one picture for each, or leave the placeholders out")
+        raise ValueError(f"the question has {question.count(IMAGE)} {IMAGE} but {n} images were given: "
+                         "give one image for each, or leave the placeholders out")
     return question
 
 
@@ -211,18 +208,19 @@ def chatml(turns, system=SYSTEM):
 
 
 def split_shared(text):
-    """A prompt as (what other questions about the same pictures share, the rest), with the tokens of the whole."""
+    """A prompt as (what other questions about the same images share, the rest), with the tokens of the whole."""
     cut = text.rindex(IMAGE) + len(IMAGE) if IMAGE in text else text.index("<|im_start|>user")
     return text[:cut], text[cut:]
 
 
 class Prompt(NamedTuple):
     """One prompt as two streams. Positions count text and visual tokens together, as LLaVA-OneVision does."""
-    ids: list        # text token ids
-    t_pos: list      # position of each text token
-    v_pos: list      # position of each visual token
-    pictures: list   # Picture, in order
-    asks: list = ()  # positions at which answers are due, for the router
+    ids: list                 # text token ids
+    t_pos: list               # position of each text token
+    v_pos: list               # position of each visual token
+    v_img: list               # which image each visual token belongs to: 0, 1, ...
+    images: list              # ProcessedImage, in order
+    answer_starts: list = ()  # positions at which answers begin; the router decides there
 
     @property
     def end(self):
@@ -230,51 +228,62 @@ class Prompt(NamedTuple):
         return 1 + max(self.t_pos[-1:] + self.v_pos[-1:], default=-1)
 
 
-def encode(text, tokenizer, pictures=(), start=0):
-    """Tokenises the text between the <image> placeholders and gives every token its place, from `start` on.
+def encode(text, tokenizer, images=(), start=0):
+    """Tokenises the text between the <image> placeholders and gives every token its position, from `start` on.
 
-    pictures: one Picture for each placeholder; None: it is all plain text, whatever it looks like. Raises ValueError.
+    images: one ProcessedImage for each placeholder; None: it is all plain text, whatever it looks like. Raises
+    ValueError.
     """
-    if pictures is None:
-        chunks, pictures = [text], ()
+    if images is None:
+        chunks, images = [text], ()
     elif "<video>" in text:
         raise ValueError("<video> stands for a film, which this model does not take; write the question without it")
     else:
         chunks = text.split(IMAGE)
-    if len(chunks) != len(pictures) + 1:
-        raise Fault("placeholders", f"the text has {len(chunks) - 1} {IMAGE} but {len(pictures)} pictures were given")
-    ids, t_pos, v_pos, asks = [], [], [], []
+    if len(chunks) != len(images) + 1:
+        raise SampleError("placeholders", f"the text has {len(chunks) - 1} {IMAGE} but {len(images)} images were given")
+    ids, t_pos, v_pos, v_img, answer_starts = [], [], [], [], []
     for i, chunk in enumerate(chunks):
         new = tokenizer.encode(chunk, add_special_tokens=False)
         ids += new.ids
         t_pos += range(start, start + len(new.ids))
-        for due in re.finditer(re.escape(ANSWER), chunk):
-            asks.append(start + sum(end <= due.end() for _, end in new.offsets))
+        for marker in re.finditer(re.escape(ANSWER), chunk):
+            answer_starts.append(start + sum(end <= marker.end() for _, end in new.offsets))
         start += len(new.ids)
-        if i < len(pictures):
-            v_pos += range(start, start + pictures[i].tiling.tokens)
-            start += pictures[i].tiling.tokens
-    return Prompt(ids, t_pos, v_pos, list(pictures), asks)
+        if i < len(images):
+            tokens = images[i].tiling.tokens
+            v_pos += range(start, start + tokens)
+            v_img += [i] * tokens
+            start += tokens
+    return Prompt(ids, t_pos, v_pos, v_img, list(images), answer_starts)
 
 
-def labelled(pieces, tokenizer, pictures=(), start=0):
-    """(Prompt, labels) of consecutive pieces of a conversation, (text, whether it is to be learned).
+def join(a, b):
+    """Two prompts as one, the second encoded from the end of the first on."""
+    ids, t_pos, v_pos, v_img, images, answer_starts = (list(x) + list(y) for x, y in zip(a, b))
+    v_img[len(a.v_img):] = [i + len(a.images) for i in b.v_img]
+    return Prompt(ids, t_pos, v_pos, v_img, images, answer_starts)
 
-    labels has a token's own id where it is to be learned, and -1 elsewhere. Pieces meet at special tokens, so the ids
-    are those of the whole text. pictures: as in `encode`.
+
+def labelled(pieces, tokenizer, images=(), start=0):
+    """(Prompt, labels) of consecutive pieces of a conversation, (text, whether it is a target).
+
+    labels has a token's own id where it is a target, and -1 elsewhere. Pieces meet at special tokens, so the ids are
+    those of the whole text. images: as in `encode`.
     """
-    prompt, labels = Prompt([], [], [], [], []), []
-    plain, left = pictures is None, list(pictures or ())
-    for text, learn in pieces:
+    prompt, labels = Prompt([], [], [], [], [], []), []
+    plain, left = images is None, list(images or ())
+    for text, is_target in pieces:
         here = [left.pop(0) for _ in range(min(len(left), text.count(IMAGE)))]
         new = encode(text, tokenizer, None if plain else here, start)
         start += len(new.ids) + len(new.v_pos)
-        labels += new.ids if learn else [-1] * len(new.ids)
-        for all_of_it, part in zip(prompt, new):
-            all_of_it += part
+        labels += new.ids if is_target else [-1] * len(new.ids)
+        new.v_img[:] = [i + len(prompt.images) for i in new.v_img]
+        for whole, part in zip(prompt, new):
+            whole += part
     if left:
-        raise Fault("placeholders",
-                    f"the text has {len(pictures) - len(left)} {IMAGE} but {len(pictures)} pictures were given")
+        raise SampleError("placeholders", f"the text has {len(images) - len(left)} {IMAGE} but {len(images)} images "
+                          "were given")
     return prompt, labels
 
 
@@ -293,26 +302,26 @@ def turns_to_learn(turns, system=SYSTEM):
 
 class Batch(NamedTuple):
     """Prompts padded on the right, in both streams, to the longest of them."""
-    ids: np.ndarray    # (B, Nt) int64; 0 where padded
-    t_pos: np.ndarray  # (B, Nt) int64; PAD, PAD + 1, ... where padded
-    v_pos: np.ndarray  # (B, Nv) likewise
-    pictures: list     # per prompt, its Pictures
-    asks: list         # per prompt, the positions at which answers are due
+    ids: np.ndarray      # (B, Nt) int64; 0 where padded
+    t_pos: np.ndarray    # (B, Nt) int64; PAD, PAD + 1, ... where padded
+    v_pos: np.ndarray    # (B, Nv) likewise
+    v_img: np.ndarray    # (B, Nv) which image of its prompt; -1 where padded
+    images: list         # of each prompt its ProcessedImages
+    answer_starts: list  # of each prompt the positions at which answers begin
 
+    @property
+    def positions(self):
+        return self.t_pos, self.v_pos, self.v_img
 
-def with_blank(batch, config):
-    """A Batch without pictures, with one black tile whose tokens all count as padding: nobody sees it.
-
-    Processes that train together must run the same parts of the model, whatever their own samples have.
-    """
-    blank = picture(Image.new("RGB", (config.tile,) * 2), config, alone=False)
-    v_pos = pad([[], [0] * blank.tiling.tokens], PAD)[:1].repeat(len(batch.ids), axis=0)
-    return batch._replace(v_pos=v_pos, pictures=[[blank], *batch.pictures[1:]])
+    def select(self, rows):
+        """Some of the prompts."""
+        return Batch(*(x[rows] if isinstance(x, np.ndarray) else [x[i] for i in rows] for x in self))
 
 
 def collate(prompts):
-    return Batch(pad([p.ids for p in prompts], 0), pad([p.t_pos for p in prompts], PAD),
-                 pad([p.v_pos for p in prompts], PAD), [p.pictures for p in prompts], [p.asks for p in prompts])
+    """Prompts -> Batch."""
+    ids, t_pos, v_pos, v_img, images, answer_starts = zip(*prompts)
+    return Batch(pad(ids, 0), pad(t_pos, PAD), pad(v_pos, PAD), pad(v_img, -1), list(images), list(answer_starts))
 
 
 def pad(rows, filler):
@@ -322,6 +331,21 @@ def pad(rows, filler):
                     dtype=np.int64).reshape(len(rows), n)
 
 
-if __name__ == "__main__":
-    import mixture
-    run(mixture.main)
+def with_blank(batch, config):
+    """A Batch without images, with one black tile whose tokens all count as padding: nobody sees it.
+
+    Processes that train together must run the same parts of the model, whatever their own samples have.
+    """
+    blank = process_image(Image.new("RGB", (config.tile,) * 2), config, single_image=False)
+    shape = len(batch.ids), blank.tiling.tokens
+    v_pos = np.tile(PAD + np.arange(shape[1]), (shape[0], 1))
+    return batch._replace(v_pos=v_pos, v_img=np.full(shape, -1), images=[[blank], *batch.images[1:]])
+
+
+def target_mask(labels, t_pos):
+    """(B, Nt - 1): the tokens whose next one is a target. labels and t_pos (B, Nt) in numpy; -1 is no label.
+
+    A token right after an image has no text token before it and is never a target: in a large model the last visual
+    token would predict it (LLaVA's label rule asks that), but VISOR's vision stream has no end that a head could read.
+    """
+    return (labels[:, 1:] >= 0) & (t_pos[:, 1:] == t_pos[:, :-1] + 1)

@@ -1,4 +1,4 @@
-"""A picture of what the model did: the image and its tiles, the layers by kind, and where the answer looked in each.
+"""A picture of what the model did: the image and its tiles, the layers by kind, and where the answer's attention went.
 
 Drawn with Pillow alone. Used by `sample.py --explain out.png`.
 """
@@ -7,25 +7,57 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from data import Prompt, collate, join
+
 INK, PALE, PAPER = (32, 33, 36), (112, 117, 125), (255, 255, 255)
 KINDS = {"text-only": (218, 221, 226), "cross-attention": (72, 133, 237), "self-attention": (240, 140, 30)}
 HEAT = np.array([[10, 8, 40], [90, 20, 110], [190, 55, 80], [245, 130, 30], [255, 230, 120]], dtype=float)
 WIDTH, MARGIN, GAP = 1600, 48, 20
 
 
-def draw(path, images, pictures, v_pos, config, report, trace):
+def attention_to_images(model, prompt, answer, sa):
+    """{layer: weights (visual tokens,)} of each layer that looks at vision: the attention of the tokens from which the
+    answer was predicted, mean over them and over the heads. A self-attention layer's weights sum to the share that
+    goes to vision. prompt: the whole data.Prompt, which runs once more, with the answer's token ids behind it.
+    """
+    import torch
+    positions = [prompt.end + i for i in range(len(answer))]
+    whole = join(prompt, Prompt(list(answer), positions, [], [], []))
+    first, last = len(prompt.ids) - 1, max(len(whole.ids) - 1, len(prompt.ids))  # its last token predicts the first
+    text_queries = list(range(first, last))
+    found = {}
+
+    def observe(l, kind, q, k, mask):
+        """q (1, Nq, H, D), k (1, Nk, Hkv, D): keys of both streams in order of position, or of vision alone."""
+        if kind == "self" and l not in sa:
+            return  # a layer on text alone
+        # Queries are text alone in a cross-attention, and in the last layer that reads vision; else both streams
+        rows = text_queries if q.shape[1] == len(whole.ids) else [whole.t_pos[i] for i in text_queries]
+        q, k = q[0, rows].float(), k[0].float().repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+        if kind == "self":  # causal: each query sees its own position and those before
+            seen = torch.tensor([whole.t_pos[i] for i in text_queries], device=q.device)
+            scores = scores.masked_fill(torch.arange(len(k), device=q.device) > seen[:, None], float("-inf"))
+        weights = scores.softmax(-1).mean((0, 1))  # (keys,)
+        found[l] = (weights[whole.v_pos] if kind == "self" else weights).cpu().numpy()
+    with torch.no_grad(), model.observe_attention(observe):
+        model(collate([whole]), tuple(sa))
+    return found
+
+
+def draw(path, images, processed, config, report, attention):
     """Writes the PNG.
 
-    images and pictures: PIL images and their data.Picture; v_pos: positions of their visual tokens in the prompt;
-    report: sample.py's row about the question; trace: LanguageModel.forward's, layer -> [weights (1, keys) a token].
+    images and processed: PIL images and their data.ProcessedImage; report: sample.py's row about the question;
+    attention: of attention_to_images.
     """
     images = [fit(image, 900, 900) for image in images]  # nothing is drawn larger
-    maps = {l: heat(weights, l in report["sa"], v_pos, pictures, config) for l, weights in sorted(trace.items())}
+    maps = {l: (heat(weights, processed, config), float(weights.sum())) for l, weights in sorted(attention.items())}
     columns = 6
     cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
     thumbs = {l: montage(images, m, cell) for l, (m, _) in maps.items()}
     line = max((t.height for t in thumbs.values()), default=0) + 52
-    shown = fit(tiled(images, pictures, config), 520, 380)
+    shown = fit(tiled(images, processed, config), 520, 380)
     top = 150 + 34 * len(textwrap.wrap(report["answer"] or " ", 90)[:3])
     heads = top + max(shown.height, 250) + 70
     page = Image.new("RGB", (WIDTH, heads + line * -(-len(maps) // columns) + MARGIN - 10), PAPER)
@@ -37,14 +69,14 @@ def draw(path, images, pictures, v_pos, config, report, trace):
         y = write(pen, MARGIN, y, row, 26, PALE) + 8
 
     page.paste(shown, (MARGIN, top))
-    grids = [f"{p.tiling.tiles} tile{'s' * (p.tiling.tiles > 1)}, {p.tiling.tokens:,} tokens" for p in pictures]
+    grids = [f"{p.tiling.tiles} tile{'s' * (p.tiling.tiles > 1)}, {p.tiling.tokens:,} tokens" for p in processed]
     write(pen, MARGIN, top + shown.height + 10, textwrap.shorten("; ".join(grids), 60, placeholder=" ..."), 18, PALE)
 
     left = MARGIN + 520 + 2 * GAP
     strip(pen, left, top, WIDTH - MARGIN - left, config, report["sa"])
     flops = report["flops"]
     saving = flops["saving"]
-    less = f"{saving:.1f}x fewer" if saving >= 1 else f"{1 / saving:.1f}x more"  # where the picture was read again
+    less = f"{saving:.1f}x fewer" if saving >= 1 else f"{1 / saving:.1f}x more"  # where the images ran again
     facts = [f"Language model: {less} operations than dense",
              f"{flops['llm'] / 1e9:,.4g} instead of {flops['llm_dense'] / 1e9:,.4g} GFLOP; "
              f"the vision encoder takes {flops['encoder'] / 1e9:,.4g}",
@@ -54,27 +86,22 @@ def draw(path, images, pictures, v_pos, config, report, trace):
     for i, fact in enumerate(facts):
         y = write(pen, left, y, fact, 20 if i else 30, PALE if i else INK) + 14
 
-    write(pen, MARGIN, heads - 16, "Where the answer looked, each layer on its own scale from dark to bright", 24)
+    write(pen, MARGIN, heads - 16, "Where the answer's attention went, each layer on its own scale, dark to bright", 24)
     for i, (l, (_, share)) in enumerate(maps.items()):
         x, y = MARGIN + i % columns * (cell + GAP), heads + 26 + i // columns * line
         kind = "self-attention" if l in report["sa"] else "cross-attention"
         pen.rectangle((x, y, x + cell - 1, y + 4), fill=KINDS[kind])
         page.paste(thumbs[l], (x, y + 5))
-        note = f"layer {l}, self: {share:.0%} on the picture" if l in report["sa"] else f"layer {l}, cross"
+        note = f"layer {l}, self: {share:.0%} on the image" if l in report["sa"] else f"layer {l}, cross"
         write(pen, x, y + thumbs[l].height + 9, note, 16, PALE)
     page.save(path)
 
 
-def heat(weights, over_both, v_pos, pictures, config):
-    """([one (h, w) array a picture], the share of all attention that went to the pictures), mean over the tokens.
-
-    A self-attention layer's keys stand in order of position, text among them; a cross-attention has only vision.
-    """
-    rows = [w[0].float().cpu().numpy() for w in weights]
-    rows = np.mean([row[v_pos] if over_both else row[:len(v_pos)] for row in rows], axis=0)
+def heat(weights, processed, config):
+    """Of each image its maps, base tile and grid, as (h, w) arrays. weights (visual tokens,)."""
     maps, start, side = [], 0, config.side
-    for p in pictures:
-        w = rows[start:start + p.tiling.tokens]
+    for p in processed:
+        w = weights[start:start + p.tiling.tokens]
         start += p.tiling.tokens
         base = w[:side * side].reshape(side, side)
         if p.tiling.canvas is None:
@@ -82,7 +109,7 @@ def heat(weights, over_both, v_pos, pictures, config):
         else:  # the last column is newlines, which show nothing
             h, wide = p.tiling.size
             maps.append([base, w[side * side:].reshape(h, wide + 1)[:, :-1]])
-    return maps, float(rows.sum())
+    return maps
 
 
 def montage(images, maps, width):
@@ -92,8 +119,8 @@ def montage(images, maps, width):
         w, h = image.size
         total = np.zeros((h, w))
         for part in parts:
-            density = part * part.size  # attention per area: base tile and grid show the same picture
-            box = square_box(w, h) if len(parts) == 1 else None  # one of several pictures was padded to a square
+            density = part * part.size  # attention per area: base tile and grid show the same image
+            box = square_box(w, h) if len(parts) == 1 else None  # one of several images was padded to a square
             stretched = Image.fromarray(density.astype(np.float32)).resize(
                 (max(w, h),) * 2 if box else (w, h), Image.BICUBIC)
             total += np.asarray(stretched.crop(box) if box else stretched)
@@ -116,10 +143,10 @@ def square_box(w, h):
     return (m - w) // 2, (m - h) // 2, (m - w) // 2 + w, (m - h) // 2 + h
 
 
-def tiled(images, pictures, config):
+def tiled(images, processed, config):
     """The images side by side, with the borders of their tiles."""
     out = []
-    for image, p in zip(images, pictures):
+    for image, p in zip(images, processed):
         image = image.resize([round(s * 900 / max(image.size)) or 1 for s in image.size])
         pen = ImageDraw.Draw(image)
         if p.tiling.canvas:

@@ -9,14 +9,16 @@ norms, activations and softmax are left out, as is usual (under 1 %). Two conven
   paper     attention over N tokens costs its full square, N x N, and every self-attention layer computes everything,
             as in the paper's O((Nt + Nv)^2 d + (Nt + Nv) d^2) for self-attention and O(Nt Nv d) for cross-attention
   executed  what the code does: half of the square where attention is causal from the first token on, all of the
-            rectangle where it needs a mask, and no vision that no later layer reads
+            rectangle where it needs a mask, and no vision that no later layer reads. Decoding is counted over the keys
+            that there are; the code attends to a buffer whose text is rounded up to a multiple of 256
 """
 import json
 import math
 import sys
 from pathlib import Path
 
-from config import PRESETS, Parser, preset, read_config, run
+from cli import Parser, checkpoint_path, run
+from config import PRESETS, preset, read_config
 from data import tiling
 
 # --- operations -----------------------------------------------------------------------------------------------------
@@ -38,30 +40,30 @@ def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False, head
     """The language model over `text` and `vision` new tokens, with the logits of one; `past_*` ones are in the cache.
 
     A prompt is text, vision > 0 with no past; each generated token is text = 1, vision = 0 with all else past.
-    paper: the paper's convention instead of what is executed. head=False: without logits, as in VLM.see.
+    paper: the paper's convention instead of what is executed. head=False: without logits, as in VLM.prefill.
     layers: those that run (default: all).
     """
     d, wide, narrow = c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    cross, last = c.readers(sa)
+    cross, last = c.vision_readers(sa)
 
-    def block(asking, keys, pairs):  # one Qwen2 layer: q and o, k and v, the MLP, and attention over query-key pairs
-        return 2 * asking * (2 * d * wide + 3 * d * c.ffn) + 4 * keys * d * narrow + 4 * pairs * wide
+    def block(queries, keys, pairs):  # one Qwen2 layer: q and o, k and v, the MLP, and attention over query-key pairs
+        return 2 * queries * (2 * d * wide + 3 * d * c.ffn) + 4 * keys * d * narrow + 4 * pairs * wide
 
     def pairs(new, past):
         return new * (past + new) if past or paper else new * (new + 1) // 2
 
     both, past = text + vision, past_text + past_vision
-    seen = vision + past_vision
+    all_vision = vision + past_vision
     total = 2 * d * c.vocab * head
     for l in range(c.layers) if layers is None else layers:
         if l in sa and (l < last or not vision or paper):
             total += block(both, both, pairs(both, past))
-        elif l in sa:  # the last layer that reads vision: only the text asks
+        elif l in sa:  # the last layer that reads vision: queries from text only
             total += block(text, both, text * (both + past))
         else:
             total += block(text, text, pairs(text, past_text))
-            if l in cross and seen:  # its q and o, its k and v and position encoding, its attention
-                total += 4 * text * d * wide + vision * (4 * d * narrow + 14 * d) + 4 * text * seen * wide
+            if l in cross and all_vision:  # its q and o, its k and v and position encoding, its attention
+                total += 4 * text * d * wide + vision * (4 * d * narrow + 14 * d) + 4 * text * all_vision * wide
     return total
 
 
@@ -72,7 +74,7 @@ def answer_flops(c, sa, text, vision, answer):
 
 def router_flops(c, text, vision):
     """The routing token behind a prompt: through the layers before the first that may be skipped, and the MLP."""
-    way = llm_flops(c, c.viable[0], 1, 0, text, vision, head=False, layers=range(c.fork))
+    way = llm_flops(c, c.viable[0], 1, 0, text, vision, head=False, layers=range(c.route_layer))
     return way + 2 * c.hidden * (c.hidden + len(c.viable))
 
 
@@ -80,13 +82,13 @@ def router_flops(c, text, vision):
 
 def cache_bytes(c, sa, text, vision, itemsize=2):
     """Keys and values: text and vision in self-attention layers, text in the others, vision in cross-attentions."""
-    tokens = sum(text + vision * (l in sa) for l in range(c.layers)) + len(c.readers(sa)[0]) * vision
+    tokens = sum(text + vision * (l in sa) for l in range(c.layers)) + len(c.vision_readers(sa)[0]) * vision
     return tokens * 2 * c.kv_heads * c.head_dim * itemsize
 
 
 def activation_bytes(c, sa, text, vision, itemsize=2):
     """The largest single tensor of the prompt's way through the language model: an MLP's inside, or vision itself."""
-    refined = [l for l in sa if l < c.readers(sa)[1]]  # the last reader's MLP runs on text alone
+    refined = [l for l in sa if l < c.vision_readers(sa)[1]]  # the last reader's MLP runs on text alone
     return itemsize * max((text + vision * bool(refined)) * c.ffn, vision * c.hidden)
 
 
@@ -120,12 +122,12 @@ def within_budget(c, budget, text, vision, dense_vision):
     affordable = sorted([sa for sa in costs if costs[sa] <= budget], key=costs.get, reverse=True)
     if not affordable:
         cheapest = min(costs, key=costs.get)
-        raise ValueError(f"--budget {budget:g}: the cheapest viable configuration, --sa {name(c, cheapest)}, costs "
+        raise ValueError(f"--budget {budget:g}: the cheapest viable configuration, --sa {sa_name(c, cheapest)}, costs "
                          f"{math.ceil(costs[cheapest] * 1000) / 1000:g} of dense; raise the budget to that")
     return affordable
 
 
-def name(c, sa):
+def sa_name(c, sa):
     """What --sa calls a configuration."""
     return "dense" if len(sa) == c.layers else ",".join(map(str, sa)) or "none"
 
@@ -136,7 +138,7 @@ def parse(argv=None):
     p = Parser(description="What every configuration costs.")
     p.add_argument("--model", default="llava-ov-0.5b", help=f"{', '.join(PRESETS)}, nano, or a checkpoint directory "
                    "(default: llava-ov-0.5b)")
-    p.add_argument("--image", action="append", metavar="WxH", help="size of a picture in pixels; may be given several "
+    p.add_argument("--image", action="append", metavar="WxH", help="size of an image in pixels; may be given several "
                    "times (default: 1024x768)")
     p.add_argument("--tiles", type=int, metavar="N", help="instead of --image: N tiles, without newlines")
     p.add_argument("--text", type=int, default=40, metavar="N", help="text tokens of the prompt (default: 40)")
@@ -146,8 +148,6 @@ def parse(argv=None):
                    "given several times (default: dense, none and all viable ones)")
     p.add_argument("--batch", type=int, default=1, metavar="B", help="prompts at once (default: 1)")
     p.add_argument("--plot", metavar="FILE.png", help="draw operations against visual tokens (needs matplotlib)")
-    p.add_argument("--measure", action="store_true", help="run encoder and language model with random weights on this "
-                   "machine and compare the seconds with the count (needs torch, some minutes)")
     p.add_argument("--json", action="store_true", help="the numbers as one JSON object")
     args = p.parse_args(argv)
     for flag, ok in (("tiles", args.tiles is None or args.tiles >= 1), ("text", args.text >= 1),
@@ -156,7 +156,7 @@ def parse(argv=None):
         if not ok:
             p.error(f"--{flag} {getattr(args, flag)}: give a number of at least 1")
     if args.tiles and args.image:
-        p.error("--tiles and --image both say how large the picture is; give one of them")
+        p.error("--tiles and --image both say how large the image is; give one of them")
     return args
 
 
@@ -164,8 +164,8 @@ def settings(args):
     """The Config to count for, with VISOR's layers where a dense checkpoint has none yet."""
     if args.model in PRESETS:
         c = preset(args.model)
-    elif args.model == "nano" or Path(args.model).is_dir():
-        c = read_config(Path(__file__).parent / "nano" if args.model == "nano" else args.model)
+    elif Path(checkpoint_path(args.model)).is_dir():
+        c = read_config(checkpoint_path(args.model))
     else:
         raise ValueError(f"--model {args.model}: no such preset or directory; give one of {', '.join(PRESETS)}, nano")
     if not c.ca and not c.sa:
@@ -175,7 +175,7 @@ def settings(args):
     return c
 
 
-def pictures(args, c):
+def images(args, c):
     """(tiles, visual tokens) of the prompt."""
     if args.tiles:
         return args.tiles, args.tiles * c.side ** 2
@@ -185,7 +185,7 @@ def pictures(args, c):
         if not (w.isdigit() and h.isdigit() and int(w) and int(h)):
             raise ValueError(f"--image {text}: give a size in pixels such as 1024x768")
         sizes.append((int(w), int(h)))
-    found = [tiling(w, h, c, alone=len(sizes) == 1) for w, h in sizes]
+    found = [tiling(w, h, c, single_image=len(sizes) == 1) for w, h in sizes]
     return sum(t.tiles for t in found), sum(t.tokens for t in found)
 
 
@@ -196,7 +196,7 @@ def count(c, configurations, text, vision, tiles, answer, batch):
     for sa in configurations:
         prefill = batch * llm_flops(c, sa, text, vision)
         rest = batch * answer_flops(c, sa, text, vision, answer)
-        rows.append({"sa": name(c, sa), "prefill": prefill, "answer": rest,
+        rows.append({"sa": sa_name(c, sa), "prefill": prefill, "answer": rest,
                      "token": batch * llm_flops(c, sa, 1, 0, text, vision),
                      "prefill_paper": batch * llm_flops(c, sa, text, vision, paper=True),
                      "encoder": encoder, "connector": connector, "total": encoder + connector + prefill + rest,
@@ -217,8 +217,8 @@ def compare(rows, dense):
 def main(argv=None):
     args = parse(argv)
     c = settings(args)
-    tiles, vision = pictures(args, c)
-    dense_tiles, dense_vision = pictures(args, c.unpacked())
+    tiles, vision = images(args, c)
+    dense_tiles, dense_vision = images(args, c.unpacked())
     every = tuple(range(c.layers))
     asked = [every, *sorted({(), *c.viable}, key=lambda sa: (-len(sa), sa))]
     if args.sa:
@@ -229,13 +229,10 @@ def main(argv=None):
               "text_tokens": args.text, "answer_tokens": args.answer, "batch": args.batch, "pack": c.pack,
               "parameters": {"llm": llm_parameters(c), "cross_attention": cross_parameters(c)},
               "rows": compare(rows, dense)}
-    if c.fork:
+    if c.route_layer:
         least = min(c.viable, key=lambda sa: llm_flops(c, sa, args.text, vision))
-        report["router"] = {"flops": args.batch * router_flops(c, args.text, vision), "cheapest": name(c, least),
+        report["router"] = {"flops": args.batch * router_flops(c, args.text, vision), "cheapest": sa_name(c, least),
                             "share": router_flops(c, args.text, vision) / llm_flops(c, least, args.text, vision)}
-    if args.measure:
-        from paper.bench import explain_seconds
-        report["measured"] = explain_seconds(c, asked, args.text, vision, tiles)
     print(json.dumps(report) if args.json else page(c, report))
     if args.plot:
         plot(args.plot, c, asked, args.text)
@@ -279,12 +276,6 @@ def page(c, r):
             f"{'memory, 16-bit numbers':24}{'cache, MB':>12}{'largest activation, MB':>26}"]
     out += [f"{row['sa']:24}{row['cache_bytes'] / 1e6:>12,.1f}{row['activation_bytes'] / 1e6:>26,.1f}"
             for row in r["rows"]]
-    if "measured" in r:
-        m = r["measured"]
-        out += ["", f"{m['machine']}, float32: matrix products at {m['matmul'] / 1e9:,.0f} GFLOP/s",
-                f"{'seconds of prefill':24}{'encoder':>9}{'LLM':>9}{'sum':>9}{'counted':>10}{'sum / counted':>16}"]
-        out += [f"{x['sa']:24}{x['encoder']:>9.2f}{x['llm']:>9.2f}{x['encoder'] + x['llm']:>9.2f}{x['counted']:>10.2f}"
-                f"{(x['encoder'] + x['llm']) / x['counted']:>16.2f}" for x in m["rows"]]
     return "\n".join(out)
 
 
@@ -306,7 +297,7 @@ def plot(path, c, configurations, text):
     figure, axes = plt.subplots(figsize=(10, 5), constrained_layout=True)
     curves = {}  # configurations that cost the same share a curve
     for sa in [tuple(range(c.layers)), *configurations]:
-        curves.setdefault(tuple(llm_flops(c, sa, text, n) / 1e12 for n in lengths), {})[name(c, sa)] = None
+        curves.setdefault(tuple(llm_flops(c, sa, text, n) / 1e12 for n in lengths), {})[sa_name(c, sa)] = None
     for i, (tera, names) in enumerate(curves.items()):
         colour = plt.cm.viridis(1 - i / len(curves)) if i else "black"
         axes.plot(lengths, tera, color=colour, lw=2 if i else 3, label="\n".join(names))

@@ -1,25 +1,26 @@
 """Ask questions about images.
 
-    python sample.py --image a.png --q "What is in the picture?"
+    python sample.py --image a.png --q "What is in the image?"
     python sample.py --image a.png --q "How many?" --q "Which colour?" --sa 1,4 --json
 
-The pictures are encoded and read once; every further question costs only its own text.
+The images are encoded once and run through the layers once; each further question costs only its own text.
 """
 import json
 import sys
 from pathlib import Path
 
-from config import Parser, run
-
-HERE = Path(__file__).parent
+import data
+from cli import Parser, checkpoint_path, placement, run
+from config import branch_layers
+from flops import answer_flops, connector_flops, llm_flops, router_flops, tower_flops, within_budget
 
 
 def parse(argv=None):
     p = Parser(description="Ask questions about images.",
                epilog="Answers go to stdout, one a line; all else to stderr.")
-    p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    p.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
     p.add_argument("--q", action="append", required=True, metavar="TEXT", help="a question; may be given several "
-                   "times. <image> inside it puts a picture there; otherwise the pictures stand before it")
+                   "times. <image> inside it puts an image there; otherwise the images stand before it")
     p.add_argument("--model", default="nano", metavar="NAME", help="checkpoint directory, hub id, or SIGLIP+QWEN2 "
                    "(default: nano, the one beside this script)")
     p.add_argument("--sa", default="auto", metavar="LAYERS", help="self-attention layers to run: auto, dense, none, or "
@@ -35,7 +36,7 @@ def parse(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                    help="(default: auto)")
-    p.add_argument("--explain", metavar="FILE.png", help="draw where the (last) answer looked, layer by layer")
+    p.add_argument("--explain", metavar="FILE.png", help="draw where the (last) answer's attention went, by layer")
     p.add_argument("--json", action="store_true", help="one JSON object per question instead of plain answers")
     args = p.parse_args(argv)
     for name, ok, what in (("max_tokens", args.max_tokens >= 1, "at least 1"),
@@ -50,32 +51,15 @@ def parse(argv=None):
     if args.explain and (not args.explain.endswith(".png") or not Path(args.explain).parent.is_dir()):
         p.error(f"--explain {args.explain}: give a .png file in a directory that exists")
     if args.explain and not args.image:
-        p.error("--explain draws a picture: give one with --image")
+        p.error("--explain draws an image: give one with --image")
     if args.budget is not None and args.sa != "auto":
         p.error("--budget chooses the configuration itself; leave --sa out")
     return args
 
 
-def placement(device, dtype):
-    """(device, dtype), with the reason for what was left to us."""
-    import torch
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).item()
-    except Exception as e:  # torch raises its own kinds, one for each backend
-        raise ValueError(f"--device {device}: not to be had here ({str(e).splitlines()[0]})") from None
-    if dtype == "auto":
-        bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if bf16 else "float16" if device.startswith("cuda") else "float32"
-        print(f"{dtype}: the fastest that is safe on {device}", file=sys.stderr)
-    return device, getattr(torch, dtype)
-
-
 def configuration(args, config, text, vision, dense_vision):
-    """(what VLM.see is to be called with, the configurations that a router may choose) for a prompt of `text` and
+    """(what VLM.prefill is called with, the configurations that a router may choose) for a prompt of `text` and
     `vision` tokens (`dense_vision` without packing)."""
-    from flops import within_budget
     if args.budget is not None:
         allowed = within_budget(config, args.budget, text, vision, dense_vision)
         return ("auto", allowed) if config.router else (allowed[0], None)
@@ -100,14 +84,16 @@ def warn_of_layers(args, config):
 
 def warn_of_other_worlds(questions, images, tokenizer):
     """One line for whoever asks the miniature about a photograph."""
-    import toy
+    from toy import world  # only the miniature needs it
     unknown = tokenizer.token_to_id("<unk>")
-    encoded = [tokenizer.encode(q.replace("<image>", " ")) for q in questions]
-    words = [q[a:b] for q, e in zip(questions, encoded) for i, (a, b) in zip(e.ids, e.offsets) if i == unknown]
-    if words or not all(map(toy.is_quilt, images)):
+    words = []
+    for question in questions:
+        encoded = tokenizer.encode(question.replace(data.IMAGE, " "))
+        words += [question[a:b] for i, (a, b) in zip(encoded.ids, encoded.offsets) if i == unknown]
+    if words or not all(map(world.is_quilt, images)):
         which = f"; it has no word for {', '.join(dict.fromkeys(words))}" if words else ""
-        print(f"this is the miniature: it knows only the quilts of toy.py and questions about them{which}",
-              file=sys.stderr)
+        print(f"this is the miniature: it knows only quilts (python -m toy --show x.png) and questions about "
+              f"them{which}", file=sys.stderr)
 
 
 class Stream:
@@ -125,44 +111,42 @@ class Stream:
 
 def main(argv=None):
     args = parse(argv)
-    import data
     images = [data.load_image(path) for path in args.image]  # before the model: mistakes show at once
     texts = [data.chatml([data.place_images(q, len(images))]) for q in args.q]
     device, dtype = placement(args.device, args.dtype)
 
-    from model import VLM
-    nano = args.model == "nano" and not Path("nano/config.json").is_file()
-    model = VLM.from_pretrained(HERE / "nano" if nano else args.model, dtype, device)
+    from model import VLM  # imports torch, 1.5 s
+    model = VLM.from_pretrained(checkpoint_path(args.model), dtype, device)
     if args.pack is not None:
         model.add_packing(args.pack)
-    pictures = [data.picture(image, model.config, alone=len(images) == 1) for image in images]
-    dense_vision = sum(data.tiling(*image.size, model.config.unpacked(), alone=len(images) == 1).tokens
-                       for image in images)
-    if model.config.world == "toy":
+    c, single = model.config, len(images) == 1
+    processed = [data.process_image(image, c, single) for image in images]
+    dense_vision = sum(data.tiling(*image.size, c.unpacked(), single).tokens for image in images)
+    if c.world == "toy":
         warn_of_other_worlds(args.q, images, model.tokenizer)
-    warn_of_layers(args, model.config)
+    warn_of_layers(args, c)
     stream = sys.stdout.isatty() and not args.json
-    caches, ran = {}, {}  # what has been seen, and in which configurations it was read
+    trees, ran = {}, {}  # what is prefilled, and in which configurations it has run
     for question, text in zip(args.q, texts):
-        shared, own = data.split_shared(text)
-        begin = data.encode(shared, model.tokenizer, pictures)
-        prompt = data.encode(own, model.tokenizer, start=begin.end)
-        n_text, n_vision = len(begin.ids) + len(prompt.ids), len(begin.v_pos)
-        sa, allowed = configuration(args, model.config, n_text, n_vision, dense_vision)
-        clock = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
-        key, routes = (shared, sa), [sa]
-        if key not in caches:
-            caches[key] = model.see(begin, sa, room=len(prompt.ids) + min(args.max_tokens, 1024), clock=clock)
-        trace = {} if args.explain else None
-        tokens = model.ask(caches[key], prompt, max_tokens=args.max_tokens, temperature=args.temperature,
-                           top_p=args.top_p, seed=args.seed, trace=trace, clock=clock, allowed=allowed, routes=routes,
-                           on_token=Stream(model.tokenizer) if stream else None)
+        prefix, own = data.split_shared(text)
+        prefix = data.encode(prefix, model.tokenizer, processed)
+        prompt = data.encode(own, model.tokenizer, start=prefix.end)
+        n_text, n_vision = len(prefix.ids) + len(prompt.ids), len(prefix.v_pos)
+        sa, allowed = configuration(args, c, n_text, n_vision, dense_vision)
+        timings = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
+        key, routes = (tuple(prefix.ids), tuple(prefix.t_pos), sa), []
+        if key not in trees:
+            capacity = len(prompt.ids) + min(args.max_tokens, 1024)
+            trees[key] = model.prefill([prefix], sa, text_capacity=capacity, timings=timings)
+        tokens = model.answer(trees[key], prompt, max_tokens=args.max_tokens, temperature=args.temperature,
+                              top_p=args.top_p, seed=args.seed, timings=timings, allowed=allowed, routes=routes,
+                              on_token=Stream(model.tokenizer) if stream else None)
         answer = model.tokenizer.decode(tokens).strip()
         report = {"question": question, "answer": answer, "tokens": tokens, "sa": list(routes[0]),
                   "routed": sa == "auto", "text_tokens": n_text, "vision_tokens": n_vision,
-                  "flops": cost(model.config, routes[0], begin, prompt, len(tokens), pictures, dense_vision,
+                  "flops": cost(c, routes[0], prefix, prompt, len(tokens), processed, dense_vision,
                                 ran.setdefault(key, []), sa == "auto"),
-                  "seconds": {k: round(s, 4) for k, s in clock.items()}}
+                  "seconds": {k: round(s, 4) for k, s in timings.items()}}
         ran[key].append(routes[0])
         if args.json:
             print(json.dumps(report), flush=True)
@@ -171,28 +155,27 @@ def main(argv=None):
         print(summary(report), file=sys.stderr)
     if args.explain:
         import explain
-        explain.draw(args.explain, images, pictures, begin.v_pos, model.config, report, trace)
-        print(f"{args.explain}: where the last answer looked", file=sys.stderr)
+        attention = explain.attention_to_images(model, data.join(prefix, prompt), tokens, routes[0])
+        explain.draw(args.explain, images, processed, c, report, attention)
+        print(f"{args.explain}: where the last answer's attention went", file=sys.stderr)
 
 
-def cost(config, sa, begin, prompt, answer, pictures, dense_vision, ran, routed):
-    """FLOPs of one question as it was run, and of dense without packing asked in the same way. Pictures and shared
-    text count once: ran names the configurations in which they have been read before."""
-    from config import forks
-    from flops import answer_flops, connector_flops, llm_flops, router_flops, tower_flops
-    shared, own = len(begin.ids), len(prompt.ids)
+def cost(config, sa, prefix, prompt, answer, images, dense_vision, ran, routed):
+    """FLOPs of one question as it was run, and of dense without packing asked in the same way. Images and shared
+    text count once: ran names the configurations in which they have been run before."""
+    shared, own = len(prefix.ids), len(prompt.ids)
 
     def llm(sa, vision, layers):
         total = llm_flops(config, sa, shared, vision, head=False, layers=layers)
         total += llm_flops(config, sa, own, 0, shared, vision)
         return total + answer_flops(config, sa, shared + own, vision, answer)
-    known = max([min(forks([sa, other]), default=config.layers) for other in ran], default=0)
-    mine = llm(sa, len(begin.v_pos), range(known, config.layers))
-    mine += router_flops(config, shared + own, len(begin.v_pos)) if routed else 0
+    known = max([min(branch_layers([sa, other]), default=config.layers) for other in ran], default=0)  # layers
+    executed = llm(sa, len(prefix.v_pos), range(known, config.layers))
+    executed += router_flops(config, shared + own, len(prefix.v_pos)) if routed else 0
     dense = llm(range(config.layers), dense_vision, () if ran else range(config.layers))
-    tiles = 0 if ran else sum(p.tiling.tiles for p in pictures)
-    return {"encoder": tower_flops(config, tiles) + connector_flops(config, tiles), "llm": mine, "llm_dense": dense,
-            "saving": round(dense / mine, 3)}
+    tiles = 0 if ran else sum(x.tiling.tiles for x in images)
+    return {"encoder": tower_flops(config, tiles) + connector_flops(config, tiles), "llm": executed,
+            "llm_dense": dense, "saving": round(dense / executed, 3)}
 
 
 def summary(report):
@@ -200,7 +183,7 @@ def summary(report):
     s, n = report["seconds"], len(report["tokens"])
     rate = f" ({n / s['decode']:.1f} tokens/s)" if s["decode"] else ""
     layers, saving = ",".join(map(str, report["sa"])) or "none", report["flops"]["saving"]
-    # a question that takes another way than those before it has the pictures read for that way; dense has read them
+    # A question on another route than those before it runs the images through that route; dense has done so already
     less = f"{saving:.3g}x less" if saving >= 1 else f"{1 / saving:.3g}x more"
     return (f"{'routed to' if report['routed'] else 'ran'} --sa {layers}; {report['text_tokens']} text + "
             f"{report['vision_tokens']:,} visual tokens; language model\n{report['flops']['llm'] / 1e9:,.4g} GFLOP, "

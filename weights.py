@@ -4,7 +4,6 @@ Understood are LLaVA-OneVision as llava-hf and lmms-lab publish it, a SigLIP and
 VLM.save_pretrained writes. Safetensors only, one file or shards with an index; nothing is ever unpickled.
 """
 import json
-import os
 import re
 import shutil
 import sys
@@ -13,7 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
+from cli import atomic
 from config import join_configs, read_config
 from data import load_tokenizer, vocabulary_size
 
@@ -133,9 +134,10 @@ def load(kind, name, dtype, device):
         shape = model.get_parameter(target).shape
         with open_weights(file) as f:  # opened anew for each tensor, so that memory holds one of them at a time
             tensor = f.get_slice(key)[:shape[0]] if shape else f.get_tensor(key)
-        model.put(target, tensor.to(device, dtype))
+        owner, _, leaf = target.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
     for module in fresh:
-        model.start(module, dtype, device)
+        model.init_module(module, dtype, device)
     model.tokenizer = tokenizer
     n = sum(p.numel() for p in model.parameters())
     notes = [f"{name}: {n / 1e6:,.1f} M parameters", f"{str(dtype)[6:]} on {device}"]
@@ -171,21 +173,17 @@ def check(model, files, unexpected, directories, joined):
 def write(model, directory, tensors):
     """See VLM.save_pretrained."""
     directory = Path(directory)
-    beside = directory.with_name(directory.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    (beside / "config.json").write_text(model.config.to_json())
-    tensors = tensors or {k: v.detach() for k, v in model.named_parameters()}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, beside / "model.safetensors",
-              metadata={"format": "pt"})
-    shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors makes it private
-    if model.tokenizer is not None:
-        model.tokenizer.save(str(beside / "tokenizer.json"))
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in beside.iterdir():
-        os.replace(file, directory / file.name)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(directory) as beside:
+        beside.mkdir()
+        (beside / "config.json").write_text(model.config.to_json())
+        tensors = tensors or {k: v.detach() for k, v in model.named_parameters()}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, beside / "model.safetensors",
+                  metadata={"format": "pt"})
+        shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors makes it private
+        if model.tokenizer is not None:
+            model.tokenizer.save(str(beside / "tokenizer.json"))
     (directory / "model.safetensors.index.json").unlink(missing_ok=True)  # or older shards would win at loading
-    beside.rmdir()
 
 
 def some(names, n=6):

@@ -3,182 +3,41 @@
     python -m paper.bench             every row, paper/results/bench-DEVICE.json and .png; about 40 minutes on 2 cores
     python -m paper.bench --quick     5 tiles, a few rows, one round; nothing is written
     python -m paper.bench --compare   --quick against that JSON: a ratio that fell by more than a fifth is an error
+    python -m paper.bench --measure   seconds of encoder and prefill against the operations that flops.py counts
 
 Random weights of the 0.5B geometry. Systems take turns, so that a busy machine slows all alike; medians of the rounds.
 An encoder is timed once a round; a row's first token is encoder and prefill, its whole an answer too. transformers runs
 without its generate(): its modules, one call a token, with sdpa. (Paper, section 6, "Efficiency analysis".)
 """
-import ctypes
-import gc
 import json
-import platform
-import re
 import statistics
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from config import PAPER_VIABLE, Parser, preset, run
-from data import Prompt, collate, picture, tiling
-from flops import answer_flops, cache_bytes, connector_flops, llm_flops, name, router_flops, tower_flops
-from model import VLM, Connector, LanguageModel, VisionTower, timed
+from cli import Parser, run, timer
+from config import PAPER_VIABLE, preset
+from data import collate, tiling
+from encoders.siglip import VisionTower
+from flops import answer_flops, cache_bytes, connector_flops, llm_flops, router_flops, sa_name, tower_flops
+from layers import Past, make_layout
+from model import Connector, LanguageModel
+from paper.systems import (ANSWER, IMAGES, TEXT, Ours, Theirs, bandwidth, device, machine, matmul_rate, peak_bytes,
+                           random_module, seconds)
+from parallel import LossModule
+from train import optimizers, set_trainable
 
 RESULTS = Path(__file__).parent / "results"
-TEXT, ANSWER = 40, 32                                    # tokens
-PICTURES = {1: None, 5: (768, 768), 10: (1152, 1152)}    # tiles: size of the picture; None: one of several, one tile
 SYSTEMS = {  # label: (configuration, packing)
     "transformers": (None, 1), "dense": (tuple(range(24)), 1), "7": (PAPER_VIABLE[-1], 1), "4": ((1, 4, 7, 10), 1),
     "2": ((1, 4), 1), "none": ((), 1), "2, packed": ((1, 4), 2), "2, routed": ("auto", 1)}
 QUICK = ("transformers", "dense", "2", "none")
 RATIOS = "over_transformers", "over_dense", "realised"   # what --compare looks at
-
-
-# --- the machine ------------------------------------------------------------------------------------------------------
-
-def machine():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        name = next((x.split(":")[1].strip() for x in open(info) if x.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def peak_bytes(reset=False):
-    """The most memory held since the last reset, of the process or of the CUDA device; at a reset, what is held."""
-    if device() == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if not Path("/proc/self/clear_refs").exists():
-        return 0  # only Linux forgets a peak
-    if reset:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # or what is free would still count
-        Path("/proc/self/clear_refs").write_text("5")
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-@torch.inference_mode()
-def seconds(run, *args):
-    """Wall time of run(*args)."""
-    start = time.perf_counter()
-    run(*args)
-    if device() == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def product_seconds(x, w):
-    """Of x @ w.T, median of 9; on CUDA fifty in a row, so that starting them does not count."""
-    n = 50 if device() == "cuda" else 1
-    return statistics.median([seconds(lambda: [F.linear(x, w) for _ in range(n)]) for _ in range(12)][3:]) / n
-
-
-def matmul_rate(config, n=4096, dtype=torch.float32):
-    """FLOP/s of the language model's largest product over n tokens."""
-    x, w = (torch.randn(m, config.hidden, device=device(), dtype=dtype) for m in (n, config.ffn))
-    return 2 * n * config.hidden * config.ffn / product_seconds(x, w)
-
-
-def bandwidth(config, dtype=torch.float32):
-    """Bytes/s at which a vector meets a matrix as large as the output head: what decoding is bound by."""
-    w = torch.randn(config.vocab, config.hidden, device=device(), dtype=dtype)
-    return w.nbytes / product_seconds(w[:1], w)
-
-
-def random_module(kind, config, dtype=torch.float32):
-    """A module with random weights, made without initialising it twice."""
-    with torch.device("meta"):
-        module = kind(config)
-    module = module.to_empty(device=device()).to(dtype).eval()
-    for p in module.parameters():
-        torch.nn.init.normal_(p, std=0.02)
-    return module
-
-
-# --- the systems ------------------------------------------------------------------------------------------------------
-
-class Ours:
-    """nanoVISOR; the vision tokens of a batch are made once and given to every configuration."""
-
-    def __init__(self, config, dtype):
-        config.ca, config.sa, config.viable = config.visor_layers()
-        config.router = True
-        self.model, self.dtype = random_module(VLM, config, dtype), dtype
-        self.model.tokenizer = SimpleNamespace(token_to_id=lambda token: -1)  # nothing ends an answer
-        self.real = self.model.encode
-
-    def prompts(self, tiles, batch):
-        """(Prompts of one picture each, a list of pictures)."""
-        c, size = self.model.config, PICTURES[tiles]
-        shown = picture(Image.new("RGB", size or (c.tile,) * 2, (90, 120, 60)), c, alone=size is not None)
-        before, n = min(14, TEXT - 1), shown.tiling.tokens
-        t_pos = [*range(before), *range(before + n, TEXT + n)]
-        prompt = Prompt(list(range(TEXT)), t_pos, list(range(before, before + n)), [shown], [TEXT + n])
-        return [prompt] * batch, [shown] * batch
-
-    @torch.no_grad()
-    def encode(self, pictures):
-        return self.real(pictures)
-
-    def answer(self, prompts, seen, sa, clock):
-        """Seconds of prefill and decode are added to clock."""
-        self.model.encode = lambda pictures: seen
-        self.model.generate(prompts, sa, max_tokens=ANSWER, clock=clock, allowed=[(1, 4)] if sa == "auto" else None)
-
-
-class Theirs:
-    """transformers' LLaVA-OneVision of the same geometry. Raises ImportError without it."""
-
-    def __init__(self, config, dtype):
-        from transformers import (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config,
-                                  SiglipVisionConfig)
-        c = config
-        vision = SiglipVisionConfig(hidden_size=c.vision_hidden, num_hidden_layers=c.vision_layers,
-                                    num_attention_heads=c.vision_heads, intermediate_size=c.vision_ffn,
-                                    image_size=c.tile, patch_size=c.patch, vision_use_head=False)
-        text = Qwen2Config(hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-                           num_key_value_heads=c.kv_heads, intermediate_size=c.ffn, vocab_size=c.vocab,
-                           tie_word_embeddings=True)
-        config = LlavaOnevisionConfig(vision_config=vision, text_config=text, tie_word_embeddings=True,
-                                      vision_feature_layer=-1, attn_implementation="sdpa")
-        self.model = LlavaOnevisionForConditionalGeneration(config).to(device(), dtype).eval()
-
-    @torch.no_grad()
-    def encode(self, pictures):
-        model, like = self.model.model, self.model.lm_head.weight
-        if pictures[0].tiling.canvas is None:
-            x = torch.cat([torch.from_numpy(p.pixels) for p in pictures]).to(like.device, like.dtype)
-            return list(model.multi_modal_projector(model.vision_tower(x, output_hidden_states=True).hidden_states[-1]))
-        x = torch.stack([torch.from_numpy(p.pixels) for p in pictures]).to(like.device, like.dtype)
-        sizes = torch.tensor([p.tiling.canvas[::-1] for p in pictures])
-        return list(self.model.get_image_features(x, sizes, output_hidden_states=True).pooler_output)
-
-    @torch.no_grad()
-    def answer(self, prompts, seen, sa, clock):
-        lm, head, before = self.model.model.language_model, self.model.lm_head, min(14, TEXT - 1)
-        ids = torch.tensor([p.ids for p in prompts], device=head.weight.device)
-        with timed(clock, "prefill", ids.device):
-            t = lm.embed_tokens(ids)
-            x = torch.cat([t[:, :before], torch.stack(seen), t[:, before:]], dim=1)
-            out = lm(inputs_embeds=x, use_cache=True)
-            token = head(out.last_hidden_state[:, -1:]).argmax(-1)
-        with timed(clock, "decode", ids.device):
-            for _ in range(ANSWER - 1):
-                out = lm(inputs_embeds=lm.embed_tokens(token), past_key_values=out.past_key_values, use_cache=True)
-                token = head(out.last_hidden_state[:, -1:]).argmax(-1)
-            token.tolist()
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -188,12 +47,13 @@ def prefill_seconds(config, configurations, text, vision, repeat, dtype=torch.fl
     torch.manual_seed(0)
     llm = random_module(LanguageModel, config, dtype)
     before = min(14, text - 1)  # the system line and the start of the user's
-    pos = torch.arange(text + vision, device=device())[None]
-    t_pos, v_pos = torch.cat([pos[:, :before], pos[:, before + vision:]], 1), pos[:, before:before + vision]
+    pos = np.arange(text + vision)[None]
+    t_pos, v_pos = np.concatenate([pos[:, :before], pos[:, before + vision:]], 1), pos[:, before:before + vision]
     t, v = (torch.randn(1, n, config.hidden, device=device(), dtype=dtype) for n in (text, vision))
 
     def prefill(sa):
-        h = llm(t, v, t_pos, v_pos, sa)[:, -1]
+        layout = make_layout(t_pos, v_pos, 0 * v_pos, Past.empty(1), config, t.device)
+        h = llm(t, v, layout, sa)[:, -1]
         F.linear(h, llm.embed_tokens.weight)
     for sa in configurations:
         if len(sa) < config.layers:
@@ -206,7 +66,7 @@ def prefill_seconds(config, configurations, text, vision, repeat, dtype=torch.fl
 
 
 def explain_seconds(config, configurations, text, vision, tiles, repeat=3):
-    """For `flops.py --measure`: encoder and prefill in seconds, and the counted operations over the matmul rate."""
+    """For --measure: encoder and prefill in seconds, and the counted operations over the matmul rate."""
     tower, connector = random_module(VisionTower, config), random_module(Connector, config)
     x = torch.randn(tiles, 3, config.tile, config.tile, device=device())
     seconds(lambda: connector(tower(x[:1])))
@@ -216,13 +76,13 @@ def explain_seconds(config, configurations, text, vision, tiles, repeat=3):
     rate = (rate + matmul_rate(config)) / 2  # before and after, as the machine may change its mind
     fixed = tower_flops(config, tiles) + connector_flops(config, tiles)
     return {"machine": machine(), "matmul": rate, "rows": [
-        {"sa": name(config, sa), "encoder": encoder, "llm": statistics.median(times[sa]),
+        {"sa": sa_name(config, sa), "encoder": encoder, "llm": statistics.median(times[sa]),
          "counted": (fixed + llm_flops(config, sa, text, vision)) / rate} for sa in configurations]}
 
 
 def measure(ours, theirs, labels, tiles, batch, rounds):
     """{label: {"encoder": seconds, "prefill", "decode" (a token), "peak": bytes that answering takes on top of weights
-    and visual tokens}}: medians, for prompts of one picture; on CUDA after a round in which its kernels are chosen."""
+    and visual tokens}}: medians, for prompts of one image; on CUDA after a round in which its kernels are chosen."""
     runs = {label: [] for label in labels}
     for i in range(device() != "cuda", rounds + 1):
         encoded = {}
@@ -231,18 +91,18 @@ def measure(ours, theirs, labels, tiles, batch, rounds):
             system, key = (theirs, "theirs") if sa is None else (ours, pack)
             if system is ours:
                 ours.model.config.pack = float(pack)
-            prompts, pictures = ours.prompts(tiles, batch)
-            clock = {}
+            prompts, images = ours.prompts(tiles, batch)
+            timings = {}
             if key not in encoded:
-                with timed(clock, "encoder", device()):
-                    seen = system.encode(pictures)
-                encoded[key] = clock["encoder"], seen
-            clock["encoder"], seen = encoded[key]
+                with timer(timings, "encoder", device()):
+                    seen = system.encode(images)
+                encoded[key] = timings["encoder"], seen
+            timings["encoder"], seen = encoded[key]
             before = peak_bytes(reset=True)
-            system.answer(prompts, seen, sa, clock)
+            system.answer(prompts, seen, sa, timings)
             if i:
-                clock["decode"] /= ANSWER - 1
-                runs[label].append({**clock, "peak": peak_bytes() - before})
+                timings["decode"] /= ANSWER - 1
+                runs[label].append({**timings, "peak": peak_bytes() - before})
     ours.model.config.pack = 1.0
     return {label: {k: statistics.median(r[k] for r in found) for k in found[0]} for label, found in runs.items()}
 
@@ -255,8 +115,8 @@ def rows(config, found, tiles, batch, rate, speed, itemsize):
         c = config
         sa, routed = ((1, 4), True) if sa == "auto" else (tuple(range(c.layers)) if sa is None else sa, False)
         c.pack = float(pack)
-        size = PICTURES[tiles]
-        vision = tiling(*(size or (c.tile,) * 2), c, alone=size is not None).tokens
+        size = IMAGES[tiles]
+        vision = tiling(*(size or (c.tile,) * 2), c, single_image=size is not None).tokens
         llm = batch * (llm_flops(c, sa, TEXT, vision) + (router_flops(c, TEXT, vision) if routed else 0))
         flop = llm + batch * (tower_flops(c, tiles) + connector_flops(c, tiles)
                               + answer_flops(c, sa, TEXT, vision, ANSWER))
@@ -284,32 +144,30 @@ def weights_read(c, sa):
     """Parameters that decoding a token reads: the layers and the head; cross-attention's q and o."""
     wide = c.heads * c.head_dim
     return c.hidden * (c.layers * (2 * wide + 2 * c.kv_heads * c.head_dim + 3 * c.ffn) + c.vocab
-                       + len(c.readers(sa)[0]) * 2 * wide)
+                       + len(c.vision_readers(sa)[0]) * 2 * wide)
 
 
 def training(ours, config, tiles, batch, rate, dtype):
     """Tokens/s of a training step, loss to update, and its operations as a share of the matmul rate: rows for dense
-    training, stage 1 and stage 2, these the mean over the configurations as train.draw draws them. An operation
-    forward is two backward; of frozen weights one, of a frozen encoder none."""
-    from learn import Learner, optimizers
-    from train import draw, trainable
+    training, stage 1 and stage 2, these the mean over the viable configurations. An operation forward is two backward;
+    of frozen weights one, of a frozen encoder none."""
     model, out = ours.model.remove_router().float(), []
-    drawn = Counter(draw(config.viable, 0, step) for step in range(10000))
+    drawn = Counter(config.viable)
     model.encode = ours.real
     prompts, _ = ours.prompts(tiles, batch)
-    batch_of, labels = collate(prompts), torch.full((batch, TEXT), -1)
+    batch_of, labels = collate(prompts), np.full((batch, TEXT), -1)
     labels[:, -8:] = 7
     for label, stage in (("dense", 2), ("stage 1", 1), ("stage 2", 2)):
-        trainable(model, stage)
-        opts, vision = optimizers(model, 1e-5, muon=False), len(prompts[0].v_pos)
-        learner, spent, flop = Learner(model), 0.0, 0.0
+        set_trainable(model, stage)
+        opts, vision = optimizers(model, 1e-5), len(prompts[0].v_pos)
+        loss_module, spent, flop = LossModule(model), 0.0, 0.0
         shares = Counter([tuple(range(config.layers))]) if label == "dense" else drawn
         peak_bytes(reset=True)
         for warm, (sa, share) in [(True, x) for x in [*shares.items()][:1]] + [(False, x) for x in shares.items()]:
             encoder = tower_flops(config, tiles) + connector_flops(config, tiles)
             start = time.perf_counter()
             with torch.autocast(device(), torch.bfloat16, enabled=dtype == torch.bfloat16):
-                (learner(batch_of, labels, sa) / batch).backward()
+                (loss_module(batch_of, labels, sa) / batch).backward()
             for opt, _, _ in opts.values():
                 opt.step()
                 opt.zero_grad()
@@ -348,6 +206,20 @@ def table(result):
                   f"{r['tokens_per_second']:,.0f} | {r['matmul_share']:.0%} | {r['peak'] / 1e9:.1f} |"
                   for r in result["training"]]
     return "\n".join(lines).strip()
+
+
+def measured_table(tiles):
+    """Seconds of encoder and prefill at the 0.5B geometry beside the counted operations over the matmul rate."""
+    config = preset("llava-ov-0.5b")
+    configurations = [tuple(range(24)), PAPER_VIABLE[-1], (1, 4), ()]
+    m = explain_seconds(config, configurations, TEXT, tiles * config.side ** 2, tiles)
+    lines = [f"{m['machine']}, float32: matrix products at {m['matmul'] / 1e9:,.0f} GFLOP/s",
+             f"{'seconds of prefill':24}{'encoder':>9}{'LLM':>9}{'sum':>9}{'counted':>10}{'sum / counted':>16}"]
+    for x in m["rows"]:
+        total = x["encoder"] + x["llm"]
+        lines.append(f"{x['sa']:24}{x['encoder']:>9.2f}{x['llm']:>9.2f}{total:>9.2f}{x['counted']:>10.2f}"
+                     f"{total / x['counted']:>16.2f}")
+    return "\n".join(lines)
 
 
 def fallen(before, now, by=0.2):
@@ -400,7 +272,7 @@ def plot(result, path):
 
 def main(argv=None):
     p = Parser(description="How fast, against transformers' LLaVA-OneVision and ours dense.")
-    p.add_argument("--tiles", type=int, action="append", choices=list(PICTURES), help="tiles of the picture; may be "
+    p.add_argument("--tiles", type=int, action="append", choices=list(IMAGES), help="tiles of the image; may be "
                    "given several times (default: 1, 5, 10)")
     p.add_argument("--batch", type=int, action="append", metavar="N", help="prompts at once; may be given several "
                    "times (default: 1, on CUDA also powers of two as far as they fit)")
@@ -409,8 +281,12 @@ def main(argv=None):
     p.add_argument("--compare", action="store_true", help="--quick, then against the JSON of this kind of device; exit "
                    "status 1 if a ratio is more than 20 %% lower")
     p.add_argument("--compile", action="store_true", help="ours with each block compiled")
+    p.add_argument("--measure", action="store_true", help="encoder and prefill of the first of --tiles (default: 5) "
+                   "in four configurations, beside the operations that flops.py counts")
     p.add_argument("--plot", action="store_true", help="only draw the JSON of this kind of device again")
     args = p.parse_args(argv)
+    if args.measure:
+        return print(measured_table((args.tiles or [5])[0]))
     committed = RESULTS / f"bench-{device()}.json"
     if (args.plot or args.compare) and not committed.is_file():
         p.error(f"{committed} is missing: make it with python -m paper.bench")
@@ -420,7 +296,7 @@ def main(argv=None):
         p.error("--rounds and --batch: give at least 1")
     quick = args.quick or args.compare
     whole = not (quick or args.tiles or args.batch)
-    sizes = args.tiles or ([5] if quick else list(PICTURES))
+    sizes = args.tiles or ([5] if quick else list(IMAGES))
     result = bench(preset("llava-ov-0.5b"), QUICK if quick else tuple(SYSTEMS), sizes, args.batch or [1],
                    args.rounds or (1 if quick else 3), args.compile, train=whole, grow=device() == "cuda" and whole)
     print(f"{result['machine']}, torch {result['torch']}, transformers {result['transformers']}, {result['dtype']}\n"

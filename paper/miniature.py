@@ -1,18 +1,20 @@
-"""What the shipped miniature can do in each configuration: three examinations of 1,000 held-out questions a task.
+"""What the shipped miniature can do in each configuration: three evaluations of 1,000 held-out questions a task.
 
     python -m paper.miniature
 
-Writes paper/results/miniature.json and assets/miniature.png, and prints the README's table.
+And what the overview alone is worth to the dense model: coarse questions over the base tile. Writes
+paper/results/miniature.json and assets/miniature.png, and prints the table of paper/README.md.
 """
 import json
 import statistics
 from pathlib import Path
 
-import toy
+import data
 import train
-from config import Parser, run
+from cli import NANO, Parser, run
 from model import VLM
-from router import Report, all_records
+from router import all_results, summarise
+from toy import world
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,10 +25,12 @@ def table(rows):
     head = [row["name"] for row in rows[0]]
     lines = ["| layers | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|",
              "| saving | " + " | ".join(f"{row['saving']:.2f}x" for row in rows[0]) + " |"]
-    parts = [(task, lambda row, task=task: row["tasks"][task]) for task in toy.EASY]
-    parts += [("**easy mean**", lambda row: row["easy"])]
-    parts += [(f"{task} ({toy.TASKS[task].level})", lambda row, task=task: row["tasks"][task]) for task in toy.HARD]
-    parts += [("**hard mean**", lambda row: row["hard"])]
+    parts = []
+    for stratum, tasks in world.STRATA.items():
+        for task in tasks:
+            label = f"{task} ({world.TASKS[task].level})" if world.TASKS[task].level > 0 else task
+            parts.append((label, lambda row, task=task: row["tasks"][task]))
+        parts.append((f"**{stratum}**", lambda row, stratum=stratum: row[stratum]))
     for label, value in parts:
         cells = [statistics.mean(value(seed[i]) for seed in rows) for i in range(len(head))]
         lines.append(f"| {label} | " + " | ".join(f"{x:.3f}" for x in cells) + " |")
@@ -35,26 +39,52 @@ def table(rows):
     return "\n".join(lines), spread
 
 
+def overview(model, eval_set, batch_size=100):
+    """{coarse task: accuracy} of a dense miniature that sees the base tile alone, its tokens and one newline.
+
+    A quilt is square, so that this is what an image costs and shows where it is one of several (data.tiling).
+    """
+    prompts, wanted = [], []
+    for image, questions in eval_set:
+        for task, question, answer in questions:
+            if task in world.STRATA["coarse"]:
+                text = data.chatml([data.place_images(question, 1)])
+                tile = data.process_image(image, model.config, single_image=False)
+                prompts.append(data.encode(text, model.tokenizer, [tile]))
+                wanted.append((task, answer))
+    correct = {}
+    for i in range(0, len(prompts), batch_size):
+        answers = model.generate(prompts[i:i + batch_size], range(model.config.layers), max_tokens=2)
+        for (task, answer), ids in zip(wanted[i:], answers):
+            correct.setdefault(task, []).append(model.tokenizer.decode(ids) == answer)
+    return {task: statistics.mean(x) for task, x in correct.items()}
+
+
 def main(argv=None):
-    p = Parser(description="Examine the shipped miniature.")
-    p.add_argument("--exam", type=int, default=1000, metavar="N", help="questions a task and seed (default: 1000)")
+    p = Parser(description="Evaluate the shipped miniature.")
+    p.add_argument("--questions", type=int, default=1000, metavar="N", help="questions a task and seed (default: 1000)")
     p.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0, 1, 2)")
     args = p.parse_args(argv)
-    dense, visor = VLM.from_pretrained(train.DENSE), VLM.from_pretrained(ROOT / "nano")
-    c, rows, everything = visor.config, [], ([], [])
+    dense, visor = VLM.from_pretrained(train.DENSE), VLM.from_pretrained(NANO)
+    c, rows, everything, alone = visor.config, [], ([], []), []
+    kept = "name", "sa", "saving", *world.STRATA, "tasks"
+
+    def summary(results):
+        return summarise(c, results[0], world.STRATA, *world.REFERENCE_PROMPT, results[1])
     for seed in args.seed or (0, 1, 2):
-        exam = toy.exam(seed, args.exam)
-        records = all_records(visor, exam, c.viable), all_records(dense, exam, [tuple(range(c.layers))])
-        report = Report(c, records[0], train.GROUPS, *train.USUAL, records[1])
-        kept = "name", "sa", "saving", *train.GROUPS, "tasks"
-        rows.append([{key: row[key] for key in kept} for row in report.rows])
-        for so_far, more in zip(everything, records):
+        eval_set = world.eval_set(seed, args.questions)
+        results = (all_results(visor, eval_set, c.viable), all_results(dense, eval_set, [tuple(range(c.layers))]))
+        rows.append([{key: row[key] for key in kept} for row in summary(results).rows])
+        alone.append(overview(dense, eval_set))
+        for so_far, more in zip(everything, results):
             so_far += more
     text, spread = table(rows)
-    Report(c, everything[0], train.GROUPS, *train.USUAL, everything[1]).draw(ROOT / "assets" / "miniature.png")
+    summary(everything).draw(ROOT / "assets" / "miniature.png")
     (ROOT / "paper" / "results" / "miniature.json").write_text(json.dumps(
-        {"command": "python -m paper.miniature", "seeds": args.seed or [0, 1, 2], "rows": rows}, indent=1) + "\n")
-    print(f"{text}\n\nLargest difference of any number between two of the seeds: {spread:.3f}.")
+        {"command": "python -m paper.miniature", "seeds": args.seed or [0, 1, 2], "rows": rows,
+         "dense_over_the_overview": alone}, indent=1) + "\n")
+    print(f"{text}\n\nLargest difference of any number between two of the seeds: {spread:.3f}.\n\nDense, over the base "
+          "tile alone: " + ", ".join(f"{task} {statistics.mean(x[task] for x in alone):.3f}" for task in alone[0]))
 
 
 if __name__ == "__main__":

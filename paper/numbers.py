@@ -46,7 +46,7 @@ def rows():
         ("FastVLM, 36 tokens a tile, dense", "20x", f"{saving(tokens=36):.1f}x, nominal {729 / 36:.1f}x",
          "the paper's is nominal"),
         ("VISOR with FastVLM", "60x", several([(1, 4, 7, 16), FULL], 36), "20x nominal times 3x, as its text says"),
-        ("several pictures", "over 3x", f"4 pictures, {visor[FULL]}{saving(FULL, 730, 4):.1f}x", ""),
+        ("several images", "over 3x", f"4 images, {visor[FULL]}{saving(FULL, 730, 4):.1f}x", ""),
         ("parameters added", "under 7.5 %", f"{cross_parameters(CONFIG) / llm_parameters(CONFIG):.1%}",
          "grouped keys and values; the paper does not say its heads"),
         ("VisionZip, VisPruner: 128 of 729", "5.7x", f"{saving(tokens=128):.1f}x, nominal {729 / 128:.1f}x", "nominal"),

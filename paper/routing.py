@@ -2,7 +2,7 @@
 
     python -m paper.routing
 
-Three routers with different seeds, each with labels, training and an examination of its own, on the shipped weights;
+Three routers with different seeds, each with labels, training and an evaluation of its own, on the shipped weights;
 and three that do not learn from three of the tasks. Writes paper/results/routing.json and prints the README's tables.
 """
 import json
@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 import router
-import toy
 import train
-from config import Parser, run
+from cli import NANO, Parser, run
 from model import VLM
+from toy import world
+from toy.training import RECIPES
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = ("colour", "value", "updated row")  # as GQA, DocVQA and one more in the paper
@@ -25,18 +26,18 @@ LEFT_OUT = ("colour", "value", "updated row")  # as GQA, DocVQA and one more in 
 
 def experiment(seed, left_out, args):
     """The rows of a report about a router trained with this seed, kept in rows.json for these weights."""
-    weights = zlib.crc32((ROOT / "nano" / "model.safetensors").read_bytes())
-    out = Path(args.out) / f"{weights:08x}-seed-{seed}-{args.exam}{'-left-out' if left_out else ''}"
+    weights = zlib.crc32((NANO / "model.safetensors").read_bytes())
+    out = Path(args.out) / f"{weights:08x}-seed-{seed}-{args.questions}{'-left-out' if left_out else ''}"
     if (out / "rows.json").is_file():
         return json.loads((out / "rows.json").read_text())
     shutil.rmtree(out, ignore_errors=True)
-    model = VLM.from_pretrained(ROOT / "nano").remove_router()
+    model = VLM.from_pretrained(NANO).remove_router()
     torch.manual_seed(seed)
-    model.add_router()
-    settings = {**train.RECIPES[3], "seed": seed, "turns": 10, "save_every": 10**9, "leave_out": left_out}
+    model.add_router(RECIPES[3]["route_threshold"])
+    settings = {**RECIPES[3], "seed": seed, "turns": 10, "save_every": 10**9, "leave_out": left_out}
     model = train.train(model, 3, out, settings)
-    records = router.all_records(model, toy.exam(seed, args.exam), model.config.viable)
-    rows = router.Report(model.config, records, train.GROUPS, *train.USUAL).rows
+    results = router.all_results(model, world.eval_set(seed, args.questions), model.config.viable)
+    rows = router.summarise(model.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows
     rows = [row for row in rows if row["sa"] is None or row["sa"] == list(model.config.sa)]
     (out / "rows.json").write_text(json.dumps(rows))
     return rows
@@ -53,8 +54,9 @@ def tables(results):
     results: {"all tasks" or "three left out": [rows of each seed]}.
     """
     full = max(range(len(results["all tasks"][0])), key=lambda i: len(results["all tasks"][0][i]["sa"] or ()))
-    lines = ["| | easy | hard | layers, easy | layers, hard | LLM saving | mean of the tasks' | with the encoder |",
-             "|---" * 8 + "|"]
+    groups = list(results["all tasks"][0][0]["by_group"])  # easy and hard, or the strata
+    head = [*groups, *(f"layers, {group}" for group in groups), "LLM saving", "mean of the tasks'", "with the encoder"]
+    lines = ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
     for label, rows in results.items():
         picks = [("always " + rows[0][full]["name"], full)] if label == "all tasks" else []
         names = [row["name"] for row in rows[0]]
@@ -62,13 +64,13 @@ def tables(results):
         picks += [("oracle", names.index("oracle"))] if label == "all tasks" else []
         for title, i in picks:
             row = [seed[i] for seed in rows]
-            cells = [cell([r[g] for r in row]) for g in train.GROUPS]
-            cells += [cell([r["by_group"][g]["layers"] for r in row], 2) for g in train.GROUPS]
+            cells = [cell([r[g] for r in row]) for g in groups]
+            cells += [cell([r["by_group"][g]["layers"] for r in row], 2) for g in groups]
             cells += [cell([r[key] for r in row], 2) for key in ("saving", "mean_saving", "end_to_end")]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     names = list(results["all tasks"][0][0]["tasks"])
     lines += ["", "| task | full | router | layers | LLM saving | chosen, % | left out |", "|---" * 7 + "|"]
-    for task in [t for t in (*toy.EASY, *toy.HARD) if t in names]:
+    for task in [t for t in world.TASKS if t in names]:
         rows = [next(r for r in seed if r["name"] == "router") for seed in results["all tasks"]]
         other = [next(r for r in seed if r["name"] == "router") for seed in results["three left out"]]
         shares = {}
@@ -88,7 +90,7 @@ def tables(results):
 def main(argv=None):
     p = Parser(description="Routers on the miniature, three seeds, with all tasks and with three left out.")
     p.add_argument("--out", default="out/routing", metavar="DIR", help="where the runs go (default: out/routing)")
-    p.add_argument("--exam", type=int, default=1000, metavar="N", help="questions a task (default: 1000)")
+    p.add_argument("--questions", type=int, default=1000, metavar="N", help="questions a task (default: 1000)")
     p.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0, 1, 2)")
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     args = p.parse_args(argv)
@@ -98,7 +100,7 @@ def main(argv=None):
     results = {label: [experiment(seed, left_out, args) for seed in args.seed or (0, 1, 2)]
                for label, left_out in (("all tasks", ()), ("three left out", LEFT_OUT))}
     (ROOT / "paper" / "results" / "routing.json").write_text(json.dumps(
-        {"command": "python -m paper.routing", "seeds": args.seed or [0, 1, 2], "questions": args.exam,
+        {"command": "python -m paper.routing", "seeds": args.seed or [0, 1, 2], "questions": args.questions,
          "left_out": LEFT_OUT, "results": results}, indent=1) + "\n")
     print(tables(results))
 

@@ -38,16 +38,16 @@ def test_rows_are_complete_and_say_what_they_should(result):
 
 
 def test_both_models_do_the_same_work(result):
-    """Theirs and ours dense see equally many visual tokens, for one tile and for a grid."""
+    """Theirs and ours dense get equally many visual tokens, for one tile and for a grid."""
     config = tiny.config(layers=24, tile=384, patch=96, tied=True)
     ours, theirs = bench.Ours(config, torch.float32), bench.Theirs(config, torch.float32)
     for tiles in (1, 5):
-        prompts, pictures = ours.prompts(tiles, 2)
-        a, b = ours.encode(pictures), theirs.encode(pictures)
+        prompts, images = ours.prompts(tiles, 2)
+        a, b = ours.encode(images), theirs.encode(images)
         assert len(a) == len(b) == 2 and abs(a[0].shape[0] - b[0].shape[0]) <= 1 and a[0].shape[1] == b[0].shape[1]
 
 
-def test_a_fall_is_seen_and_noise_is_not(result):
+def test_a_fall_is_found_and_noise_is_not(result):
     worse = copy.deepcopy(result)
     assert bench.fallen(result, worse) == []
     row = next(r for r in worse["rows"] if r["system"] == "2" and r["tiles"] == 5)

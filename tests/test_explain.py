@@ -1,87 +1,186 @@
-"""The picture of what the model did: the weights it draws are the attention's, and they land where they belong."""
+"""The page about what the model did: the weights it draws are the attention's, and they land where they belong."""
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import explain
-from data import chatml, collate, encode, picture
-from layers import rotate, rope_table
+from data import Prompt, chatml, collate, encode, join, process_image, split_shared
+from layers import rope_table, rotate
 from tests import tiny
 
+DENSE = tuple(range(6))
+TEXTS = {"text before the image": "a long beginning ...<image> what?", "two images": "x<image> and <image> then?",
+         "two images side by side": "<image><image>y"}
 
-@pytest.mark.parametrize("prefix", [0, 20])
-def test_trace_is_the_last_tokens_attention(prefix):
-    """Layer 0 of dense, worked out by hand for every head; the same when part of the prompt is already cached."""
+
+def prompt_of(m, text):
+    n = text.count("<image>")
+    return encode(text, m.tokenizer, [process_image(tiny.image(40 + 20 * i, 50, i), m.config, n == 1)
+                                      for i in range(n)])
+
+
+def follow(prompt, answer):
+    """The prompt with an answer's token ids behind it, and the indices of the tokens that predict them."""
+    whole = join(prompt, Prompt(answer, [prompt.end + i for i in range(len(answer))], [], [], []))
+    return whole, [len(prompt.ids) - 1 + i for i in range(max(len(answer), 1))]
+
+
+@torch.no_grad()
+def slow_attention(m, prompt, answer, sa):
+    """{layer: weights (visual tokens,)}, worked out head by head and token by token from what enters each layer."""
+    c, lm = m.config, m.language_model
+    whole, rows = follow(prompt, answer)
+    batch, found = collate([whole]), {}
+    t0, v0 = m.embed(batch)
+    t_pos, v_pos = torch.tensor(whole.t_pos), torch.tensor(whole.v_pos)
+    for l in range(c.layers):
+        if l not in sa and str(l) not in lm.cross:
+            continue
+        t, v = (x[0] for x in lm.run(t0, v0, m.layout(batch), sa, stop=l))
+        if l in sa:
+            x, pos = torch.cat([v, t]), torch.cat([v_pos, t_pos])  # vision first, whatever the order of the tokens is
+            attn, h = lm.layers[l].self_attn, lm.layers[l].input_layernorm(x)
+            rope = rope_table(pos[None], c.head_dim, c.rope_theta)
+            q = rotate(attn.q_proj(h).view(1, len(x), c.heads, c.head_dim), rope)[0, len(v):]
+            k = rotate(attn.k_proj(h).view(1, len(x), c.kv_heads, c.head_dim), rope)[0]
+        else:
+            attn, image = lm.cross[str(l)], torch.tensor(whole.v_img)
+            own = [v[image == i].T[None] for i in range(len(whole.images))]
+            placed = [F.conv1d(x, attn.cpe.weight, attn.cpe.bias, padding=3, groups=c.hidden)[0].T for x in own]
+            q = attn.q_proj(attn.q_norm(t)).view(-1, c.heads, c.head_dim)
+            k, pos = attn.k_proj(attn.kv_norm(v + torch.cat(placed))).view(-1, c.kv_heads, c.head_dim), v_pos
+        weights = []
+        for row in rows:
+            for head in range(c.heads):
+                scores = k[:, head * c.kv_heads // c.heads] @ q[row, head] / c.head_dim ** 0.5
+                w = scores.masked_fill(pos > t_pos[row], float("-inf")).softmax(0)
+                assert abs(w.sum() - 1) < 1e-5
+                weights.append(w[:len(v)])
+        found[l] = torch.stack(weights).mean(0).numpy()
+    return found
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+@pytest.mark.parametrize("sa", [(), (1, 4), (0, 5), DENSE], ids=str)
+@pytest.mark.parametrize("text", TEXTS)
+def test_weights_are_those_of_an_explicit_softmax(text, sa, n):
+    """Every layer that reads vision: self-attention of both streams, the last one of which only text gives queries
+    (layer 5 of (0, 5) and of dense), and cross-attention (layers 2 and 5). Of an empty answer: the token that would
+    have predicted the first one."""
     m = tiny.model()
-    prompt = encode("a long beginning ...<image> what?", m.tokenizer, [picture(tiny.image(40, 50), m.config)])
-    trace, dense = {}, tuple(range(6))
-    with torch.no_grad():
-        m(collate([prompt]), dense, trace=trace)
-        t, v, t_pos, v_pos = m.embed(collate([prompt]))
-        pos = torch.cat([v_pos, t_pos], 1)[0]
-        x = torch.cat([v, t], 1)[0][pos.argsort()]
-        block = m.language_model.layers[0]
-        h = block.input_layernorm(x)
-        rope = rope_table(pos.sort().values[None], 16, 1e4)
-        q = rotate(block.self_attn.q_proj(h).view(1, -1, 4, 16), rope)[0, -1]        # (heads, 16)
-        k = rotate(block.self_attn.k_proj(h).view(1, -1, 2, 16), rope)[0]            # (tokens, 2, 16)
-        want = torch.stack([(k[:, i // 2] @ q[i] / 4).softmax(0) for i in range(4)]).mean(0)
-    assert (trace[0][0][0] - want).abs().max() < 1e-5
-    if prefix:  # the question alone, after what was seen
-        first = encode("a long beginning ...<image>", m.tokenizer, prompt.pictures)
-        rest, again = encode(" what?", m.tokenizer, start=first.end), {}
-        m.ask(m.see(first, dense), rest, max_tokens=1, trace=again)
-        assert all((again[l][0] - trace[l][0]).abs().max() < 1e-5 for l in dense)
+    prompt, answer = prompt_of(m, TEXTS[text]), [40, 250, 7, 99][:n]
+    found = explain.attention_to_images(m, prompt, answer, sa)
+    want = slow_attention(m, prompt, answer, sa)
+    assert set(found) == set(want) == {*sa, 2, 5}
+    for l, weights in found.items():
+        assert weights.shape == (len(prompt.v_pos),) and weights.dtype == np.float32
+        assert np.abs(weights - want[l]).max() < 1e-5, l
 
 
-def test_weights_sum_to_one_and_cross_attention_sees_only_vision():
+def test_weights_of_a_prompt_in_two_pieces():
+    """As sample.py has it: what questions share, then the question; the answer is the model's own."""
     m = tiny.model()
-    prompt = encode("x<image>y", m.tokenizer, [picture(tiny.image(40, 50), m.config)])
-    trace = {}
-    m.generate([prompt], (1, 4), max_tokens=4, trace=trace)
-    assert sorted(trace) == [1, 2, 4, 5] and all(len(steps) in (1, 2, 3, 4) for steps in trace.values())
-    for l, steps in trace.items():
-        for w in steps:
-            assert abs(w.sum() - 1) < 1e-5
-            assert (w.shape[1] == len(prompt.v_pos)) == (l in (2, 5))
+    text = chatml(["a long beginning ...<image> what?"])
+    whole, (shared, own) = prompt_of(m, text), split_shared(text)
+    first = encode(shared, m.tokenizer, whole.images)
+    rest = encode(own, m.tokenizer, start=first.end)
+    for sa in ((1, 4), DENSE):
+        answer = m.answer(m.prefill([first], sa), rest, max_tokens=3)
+        assert answer == m.generate([whole], sa, max_tokens=3)[0]
+        found, want = (explain.attention_to_images(m, p, answer, sa) for p in (join(first, rest), whole))
+        assert found.keys() == want.keys() and all(np.array_equal(found[l], want[l]) for l in found)
+
+
+def test_cross_attention_sums_to_one_and_self_attention_to_less():
+    """A cross-attention sees only vision; of a self-attention text has its share. The answer is the model's own."""
+    m = tiny.model()
+    prompt = prompt_of(m, "x<image>y")
+    answer, = m.generate([prompt], (1, 4), max_tokens=4)
+    found = explain.attention_to_images(m, prompt, answer, (1, 4))
+    assert sorted(found) == [1, 2, 4, 5]
+    for l, weights in found.items():
+        assert len(weights) == len(prompt.v_pos)
+        assert abs(weights.sum() - 1) < 1e-5 if l in (2, 5) else 0 < weights.sum() < 1
+
+
+@torch.no_grad()
+def test_observing_leaves_nothing_behind_and_changes_nothing():
+    m = tiny.model()
+    prompt = prompt_of(m, "a <image> b <image>?")
+    batch, modules = collate([prompt, prompt_of(m, "x<image>y")]), dict(m.named_modules())
+    state = {name: dict(module.__dict__) for name, module in modules.items()}
+
+    def outputs(sa):
+        answers = m.generate([prompt], sa, max_tokens=3)
+        return answers, m(batch, sa)
+
+    def untouched():
+        now = dict(m.named_modules())
+        return now.keys() == modules.keys() and all(
+            now[name] is modules[name] and now[name].__dict__.keys() == state[name].keys()
+            and all(now[name].__dict__[key] is x for key, x in state[name].items()) for name in modules)
+    assert untouched()
+    for sa in ((), (1, 4), DENSE):
+        answers, plain = outputs(sa)
+        seen = []
+        with m.observe_attention(lambda l, kind, q, k, mask: seen.append((l, kind))):
+            assert not untouched()
+            observed = outputs(sa)
+        assert observed[0] == answers and torch.equal(observed[1], plain) and untouched()
+        assert seen[-len(per_forward(m, sa)):] == per_forward(m, sa)  # of the last forward
+        explain.attention_to_images(m, prompt, answers[0], sa)
+        again = outputs(sa)
+        assert again[0] == answers and torch.equal(again[1], plain) and untouched()
+    with pytest.raises(ZeroDivisionError), m.observe_attention(lambda *_: 1 / 0):
+        m(batch, (1, 4))
+    assert untouched()
+
+
+def per_forward(m, sa):
+    """What an observer is called for, layer by layer: a cross-attention comes before its layer's self-attention."""
+    calls = []
+    for l in range(m.config.layers):
+        calls += [(l, "cross")] * (l in m.config.ca and l not in sa) + [(l, "self")]
+    return calls
 
 
 @pytest.mark.parametrize("where, corner", [(0, (0, 0)), (3, (1, 0)), (12, (0, 1)), (15, (1, 1))])
 def test_heat_lands_where_the_token_is(where, corner):
-    """All attention on one token of the base tile: the brightest quarter of the picture is the token's."""
+    """All attention on one token of the base tile: the brightest quarter of the image is the token's."""
     c = tiny.config()
     image = Image.new("RGB", (64, 64), (90, 90, 90))
-    p = picture(image, c)
-    w = torch.zeros(1, 200)
-    w[0, 10 + where] = 0.7
-    (maps,), share = explain.heat([w], True, list(range(10, 10 + p.tiling.tokens)), [p], c)
-    assert share == pytest.approx(0.7)
+    p = process_image(image, c)
+    w = np.zeros(p.tiling.tokens)
+    w[where] = 0.7
+    maps, = explain.heat(w, [p], c)
+    assert sum(part.sum() for part in maps) == pytest.approx(0.7)
     drawn = np.asarray(explain.montage([image], [maps], 64).convert("L"), dtype=float)
     quarters = drawn[:64, :64].reshape(2, 32, 2, 32).mean((1, 3))
     assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
-    grid = torch.zeros(1, p.tiling.tokens)  # the same in the grid, 8 x 8 tokens and a newline a row
-    grid[0, 16 + (1 + 5 * (where > 3)) * 9 + 1 + 5 * (where % 4 > 1)] = 1.0
-    (maps,), _ = explain.heat([grid], False, [0] * p.tiling.tokens, [p], c)
+    grid = np.zeros(p.tiling.tokens)  # the same in the grid, 8 x 8 tokens and a newline a row
+    grid[16 + (1 + 5 * (where > 3)) * 9 + 1 + 5 * (where % 4 > 1)] = 1.0
+    maps, = explain.heat(grid, [p], c)
     drawn = np.asarray(explain.montage([image], [maps], 64).convert("L"), dtype=float)
     quarters = drawn[:64, :64].reshape(2, 32, 2, 32).mean((1, 3))
     assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
-    last = torch.zeros(1, p.tiling.tokens)
-    last[0, 16 + 8] = 1.0  # the newline of the grid's first row
-    assert all(part.sum() == 0 for part in explain.heat([last], False, p.tiling.tokens * [0], [p], c)[0][0])
+    last = np.zeros(p.tiling.tokens)
+    last[16 + 8] = 1.0  # the newline of the grid's first row
+    assert all(part.sum() == 0 for part in explain.heat(last, [p], c)[0])
 
 
 @pytest.mark.parametrize("sizes", [[(90, 40)], [(40, 400)], [(30, 60), (60, 30)]], ids=str)
-@pytest.mark.parametrize("sa", [(), (1,), tuple(range(6))], ids=str)
+@pytest.mark.parametrize("sa", [(), (1,), DENSE], ids=str)
 def test_draws_a_page(tmp_path, sizes, sa):
     m = tiny.model()
     images = [tiny.image(*size) for size in sizes]
-    pictures = [picture(image, m.config, len(images) == 1) for image in images]
-    prompt = encode(chatml(["<image>" * len(images) + "what?"]), m.tokenizer, pictures)
-    trace = {}
-    tokens, = m.generate([prompt], sa, max_tokens=3, trace=trace)
+    processed = [process_image(image, m.config, len(images) == 1) for image in images]
+    prompt = encode(chatml(["<image>" * len(images) + "what?"]), m.tokenizer, processed)
+    tokens, = m.generate([prompt], sa, max_tokens=3)
+    attention = explain.attention_to_images(m, prompt, tokens, sa)
     report = {"question": "What? " * 40, "answer": "word " * 100, "tokens": tokens, "sa": list(sa), "text_tokens": 9,
               "vision_tokens": 9, "flops": {"llm": 1e9, "llm_dense": 2e9, "encoder": 3e9, "saving": 2.0}}
-    explain.draw(tmp_path / "e.png", images, pictures, prompt.v_pos, m.config, report, trace)
+    explain.draw(tmp_path / "e.png", images, processed, m.config, report, attention)
     page = Image.open(tmp_path / "e.png")
     assert page.width == 1600 and len(page.getcolors(1 << 24)) > 100

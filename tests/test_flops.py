@@ -8,10 +8,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import flops
-from config import Config, preset, run
-from data import chatml, collate, encode, picture
+from cache_tree import CacheTree
+from cli import run
+from config import Config, preset
+from data import chatml, collate, encode, process_image
+from layers import make_layout, round_up
 from model import VLM
 from paper import numbers
+from reduction import reduce
 from tests import tiny
 
 VIABLE = [(), (1,), (1, 4), (1, 4, 7), (1, 4, 7, 10)]
@@ -40,18 +44,25 @@ def m():
 
 
 def prompt_of(m, sizes=((70, 110),), text="what is it?"):
-    pictures = [picture(tiny.image(*s), m.config, len(sizes) == 1) for s in sizes]
-    return encode(chatml([" ".join(["<image>"] * len(sizes)) + text]), m.tokenizer, pictures)
+    processed = [process_image(tiny.image(*s), m.config, len(sizes) == 1) for s in sizes]
+    return encode(chatml([" ".join(["<image>"] * len(sizes)) + text]), m.tokenizer, processed)
 
 
-def prefill(m, prompts, sa, cache=None):
-    t, v, t_pos, v_pos = m.embed(collate(prompts))
-    return lambda: m.head(m.language_model(t, v, t_pos, v_pos, sa, cache)[:, -1])
+def prefill(m, prompts, sa, tree=None):
+    """The language model over the prompts and one row of logits each; with a tree, after what it holds."""
+    batch = collate(prompts)
+    t, v = m.embed(batch)
+    if tree is None:
+        layout, cache = m.layout(batch), None
+    else:
+        layout, (_, cache) = make_layout(*batch.positions, tree.past, m.config, m.device), tree.run(sa)
+    lm = m.language_model
+    return lambda: m.head(lm.norm(lm.run(t, v, layout, sa, cache=cache)[0])[:, -1])
 
 
 @pytest.mark.parametrize("sa", VIABLE + OTHERS, ids=str)
 @pytest.mark.parametrize("pack", [1, 2])
-@pytest.mark.parametrize("sizes", [(), ((70, 110),), ((30, 30), (50, 20))], ids=["no picture", "one", "two"])
+@pytest.mark.parametrize("sizes", [(), ((70, 110),), ((30, 30), (50, 20))], ids=["no image", "one", "two"])
 def test_prefill(sa, pack, sizes):
     m = tiny.model(layers=12).add_packing(pack)
     p = prompt_of(m, sizes)
@@ -65,10 +76,10 @@ def test_decode_and_second_question(m, sa):
     p, q = prompt_of(m), encode("<|im_start|>user\nmore?", m.tokenizer)
     text, vision = len(p.ids), len(p.v_pos)
     for ids in ([5], q.ids):
-        cache = m.see(p, sa)
-        more = encode("x" * len(ids), m.tokenizer, start=cache.end)
+        tree = m.prefill([p], sa)
+        more = encode("x" * len(ids), m.tokenizer, start=tree.end)
         says = flops.llm_flops(m.config, sa, len(ids), 0, text, vision)
-        assert says == pytest.approx(counted(prefill(m, [more], sa, cache)), rel=0.005)
+        assert says == pytest.approx(counted(prefill(m, [more], sa, tree)), rel=0.005)
 
 
 @pytest.mark.parametrize("sa", VIABLE, ids=str)
@@ -91,20 +102,28 @@ def test_papers_convention_is_the_full_square_and_no_dead_layers(m):
 @pytest.mark.parametrize("pack", [1, 2])
 def test_encoder_and_connector(pack, widen):
     m = tiny.model().add_packing(pack, widen)
-    p = picture(tiny.image(70, 110), m.config)
+    p = process_image(tiny.image(70, 110), m.config)
     x = torch.from_numpy(p.pixels)
     assert flops.tower_flops(m.config, len(x)) == pytest.approx(counted(m.vision_tower, x), rel=0.005)
-    y = m.vision_tower(x).detach()
+    y = reduce(m.vision_tower(x).detach(), m.config)
     assert flops.connector_flops(m.config, len(x)) == pytest.approx(counted(m.multi_modal_projector, y), rel=0.005)
+
+
+def nbytes(tree):
+    """What the buffers of a tree of one node take."""
+    assert not tree.root.children
+    buffers = [x for layer in tree.root.cache for kv in layer for x in (kv.k, kv.v)]
+    return sum(x.nbytes for x in buffers if x is not None)
 
 
 @pytest.mark.parametrize("sa", VIABLE + OTHERS, ids=str)
 def test_bytes_are_those_allocated(m, sa):
     p = prompt_of(m)
     text, vision = len(p.ids), len(p.v_pos)
-    cache = m.new_cache(1, sa, text + 9, vision)
-    m.generate([p], sa, max_tokens=1, cache=cache)
-    assert flops.cache_bytes(m.config, sa, text + 9, vision, itemsize=4) == cache.nbytes
+    for tree, capacity in ((CacheTree(m.language_model, [sa], 1, (text + 9, vision)), text + 9),
+                           (m.new_tree(sa, 1, text + 9, vision), round_up(text + 9))):
+        m.generate([p], sa, max_tokens=1, tree=tree)
+        assert flops.cache_bytes(m.config, sa, capacity, vision, itemsize=4) == nbytes(tree)
     largest = []
     hooks = [x.register_forward_hook(lambda _, __, y: largest.append(y.nbytes)) for x in m.language_model.modules()
              if isinstance(x, torch.nn.Linear)]
@@ -165,7 +184,7 @@ def test_json_has_the_numbers(capsys, tmp_path):
     _, out, _ = call(capsys, "--model", tmp_path / "c", "--image", "70x110", "--text", 33, "--answer", 5, "--json")
     r = json.loads(out)
     m = VLM.from_pretrained(tmp_path / "c")
-    p = picture(tiny.image(70, 110), m.config)
+    p = process_image(tiny.image(70, 110), m.config)
     assert (r["visual_tokens"], r["tiles"]) == (p.tiling.tokens, p.tiling.tiles) and r["dense_visual_tokens"] > 159
     assert [row["sa"] for row in r["rows"]] == ["dense", "1,4,7,10", "1,4,7", "1,4", "1", "none"]
     for row in r["rows"]:
@@ -177,7 +196,7 @@ def test_json_has_the_numbers(capsys, tmp_path):
     assert r["rows"][0]["saving_paper"] > 1.3  # packed dense against unpacked dense
 
 
-def test_several_pictures(capsys):
+def test_several_images(capsys):
     _, out, _ = call(capsys, "--image", "640x480", "--image", "100x900", "--json")
     assert json.loads(out)["visual_tokens"] == 2 * 730
 

@@ -1,4 +1,4 @@
-"""Pictures and prompts: token counts, pixels, positions, ids."""
+"""Images and prompts: token counts, pixels, positions, ids, batches."""
 import random
 import shutil
 from pathlib import Path
@@ -10,8 +10,9 @@ from PIL import Image
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from config import PAD, Config
-from data import (chatml, collate, encode, load_image, load_tokenizer, picture, place_images, split_shared, tiling,
-                  to_rgb, vocabulary_size)
+from data import (chatml, collate, encode, join, labelled, load_image, load_tokenizer, place_images,
+                  process_image, split_shared, target_mask, tiling, to_rgb, turns_to_learn, vocabulary_size,
+                  with_blank)
 from tests import tiny
 
 GOLDEN = {  # (width, height): grid rows, columns; kept rows, columns; tokens. By the original's rule
@@ -35,13 +36,14 @@ def test_original_and_hugging_face_round_differently():
         assert tuple(tiling(*size, Config(unpad=rule)).tokens for rule in ("original", "hf")) == counts
 
 
-def test_several_pictures_cost_730_or_729():
-    """Training and Hugging Face end each picture with a newline; the original's evaluation does not."""
-    counts = [tiling(640, 480, Config(multi_image_newline=newline), alone=False).tokens for newline in (True, False)]
+def test_several_images_cost_730_or_729():
+    """Training and Hugging Face end each image with a newline; the original's evaluation does not."""
+    counts = [tiling(640, 480, Config(multi_image_newline=newline), single_image=False).tokens
+              for newline in (True, False)]
     assert counts == [730, 729]
     m = tiny.model(visor=False, multi_image_newline=False)
-    pictures = [picture(tiny.image(20, 30, i), m.config, alone=False) for i in range(2)]
-    assert [len(x) for x in m.encode(pictures)] == [16, 16]
+    processed = [process_image(tiny.image(20, 30, i), m.config, single_image=False) for i in range(2)]
+    assert [len(x) for x in m.encode(processed)] == [16, 16]
 
 
 MID_STAGE = {"pinpoints": [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)], "max_tiles": None}  # plain "anyres"
@@ -51,7 +53,7 @@ MID_STAGE = {"pinpoints": [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)], "max_tiles":
 def test_the_model_makes_as_many_tokens_as_the_function_says(changes):
     m, rng = tiny.model(visor=False, **changes), random.Random(1)
     for i in range(12):
-        p = picture(tiny.image(rng.randint(1, 300), rng.choice([1, rng.randint(1, 300)]), i), m.config)
+        p = process_image(tiny.image(rng.randint(1, 300), rng.choice([1, rng.randint(1, 300)]), i), m.config)
         assert len(p.pixels) == p.tiling.tiles
         with torch.inference_mode():
             assert m.encode([p])[0].shape == (p.tiling.tokens, 64)
@@ -64,8 +66,8 @@ def test_pixels_equal_the_reference_bit_for_bit(size):
     reference = LlavaOnevisionImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     one = np.asarray(reference([image], return_tensors="np")["pixel_values"][0])
     several = np.asarray(reference([[image, image]], return_tensors="np")["pixel_values"][0])
-    assert np.array_equal(one, picture(image, c).pixels)
-    assert np.array_equal(several, picture(image, c, alone=False).pixels)
+    assert np.array_equal(one, process_image(image, c).pixels)
+    assert np.array_equal(several, process_image(image, c, single_image=False).pixels)
 
 
 @pytest.mark.parametrize("mode", "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I F I;16 I;16B I;16L".split())
@@ -96,7 +98,7 @@ def qwen2(tmp_path_factory):
 
 def test_golden_ids(qwen2):
     c = Config()
-    p = picture(tiny.image(384, 384), c)
+    p = process_image(tiny.image(384, 384), c)
     prompt = encode(chatml([place_images("What is shown in this image?", 1)]), qwen2, [p])
     system = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
     question = [198, 3838, 374, 6839, 304, 419, 2168, 30]
@@ -113,11 +115,11 @@ def test_several_turns(qwen2):
     assert encode(text.replace("<image>", ""), qwen2).v_pos == []
 
 
-def test_where_pictures_stand():
+def test_where_images_stand():
     assert place_images("Q", 0) == "Q" and place_images("Q", 1) == "<image>\nQ"
     assert place_images("Q", 3) == "<image> <image> <image>\nQ"
     assert place_images("A <image> B <image>", 2) == "A <image> B <image>"
-    for question, n, what in (("A <image>", 2, "2 pictures"), ("<image> A", 0, "0 pictures"), ("", 1, "empty"),
+    for question, n, what in (("A <image>", 2, "2 images"), ("<image> A", 0, "0 images"), ("", 1, "empty"),
                               (" \n", 0, "empty"), ("<image>", 1, "empty")):
         with pytest.raises(ValueError, match=what):
             place_images(question, n)
@@ -125,21 +127,148 @@ def test_where_pictures_stand():
 
 def test_prompt_in_two_pieces_is_the_same_prompt():
     c, tokenizer = tiny.config(), tiny.tokenizer()
-    pictures = [picture(tiny.image(20, 30, i), c, alone=False) for i in range(2)]
+    processed = [process_image(tiny.image(20, 30, i), c, single_image=False) for i in range(2)]
     for text in (chatml(["<image> <image>\nWhat?"]), chatml(["What <image> and <image>? Say"]), chatml(["\n\nHi"])):
-        shown = pictures[:text.count("<image>")]
+        shown = processed[:text.count("<image>")]
         whole = encode(text, tokenizer, shown)
         shared, own = split_shared(text)
         first = encode(shared, tokenizer, shown)
         rest = encode(own, tokenizer, start=first.end)
         assert (first.ids + rest.ids, first.t_pos + rest.t_pos, first.v_pos) == whole[:3] and rest.end == whole.end
+        assert join(first, rest) == whole
 
 
 def test_collate_pads_on_the_right_with_positions_past_the_end():
     c, tokenizer = tiny.config(), tiny.tokenizer()
-    p = picture(tiny.image(20, 30), c)
+    p = process_image(tiny.image(20, 30), c)
     batch = collate([encode("ab<image>c", tokenizer, [p]), encode("abcde", tokenizer)])
     assert batch.ids.shape == (2, 5) and batch.v_pos.shape == (2, p.tiling.tokens)
     assert batch.t_pos[0].tolist() == [0, 1, 2 + p.tiling.tokens, PAD, PAD + 1]
     assert batch.v_pos[1].tolist() == [PAD + i for i in range(p.tiling.tokens)]
     assert collate([encode("abc", tokenizer)]).v_pos.shape == (1, 0)
+
+
+# --- which image a visual token belongs to --------------------------------------------------------------------------
+
+def some_images(c, n, single_image=False):
+    return [process_image(tiny.image(20 + 9 * i, 30, i), c, single_image) for i in range(n)]
+
+
+def counts(images):
+    """v_img of a prompt with these images, from its definition."""
+    return [i for i, x in enumerate(images) for _ in range(x.tiling.tokens)]
+
+
+def test_visual_tokens_know_their_image():
+    """One tile, a grid of tiles, and none; side by side and apart."""
+    c, tokenizer = tiny.config(), tiny.tokenizer()
+    small, large = some_images(c, 1)[0], process_image(tiny.image(90, 40), c)
+    assert small.tiling.tokens == 17 and large.tiling.tokens > 17
+    for text, images in (("<image>ab", [large]), ("a<image>b<image>c<image>", [small, large, small]),
+                         ("<image><image>", [large, small]), ("abc", [])):
+        prompt = encode(text, tokenizer, images)
+        assert prompt.v_img == counts(images) and len(prompt.v_img) == len(prompt.v_pos)
+    assert encode("<image>", tokenizer, None).v_img == []  # plain text, whatever it looks like
+
+
+def test_joined_pieces_count_their_images_on():
+    c, tokenizer = tiny.config(), tiny.tokenizer()
+    x, y, z = some_images(c, 3)
+    a = encode("a<image>b<image>", tokenizer, [x, y])
+    assert a.v_img == counts([x, y])
+    b = encode("c<image>d", tokenizer, [z], start=a.end)
+    text = encode("only text", tokenizer, start=b.end)
+    whole = encode("a<image>b<image>c<image>donly text", tokenizer, [x, y, z])
+    assert join(join(a, b), text) == join(a, join(b, text)) == whole and whole.v_img == counts([x, y, z])
+    assert a.v_img == counts([x, y]) and b.v_img == counts([z])  # the pieces are as they were
+
+
+def test_labelled_pieces_count_their_images_on():
+    """A conversation with images in three of its turns, an answer among them: the ids, positions and images are those
+    of the whole text, and the labels those of its answers."""
+    c, tokenizer = tiny.config(), tiny.tokenizer()
+    images = some_images(c, 4)
+    turns = ["<image> and <image>?", "yes", "then <image>", "no <image> at all", "why", "so"]
+    for start in (0, 7):
+        prompt, labels = labelled(turns_to_learn(turns), tokenizer, images, start)
+        whole = encode(chatml(turns), tokenizer, images, start)
+        assert prompt == whole and prompt.v_img == counts(images) and len(labels) == len(prompt.ids)
+        said = [token for token, label in zip(prompt.ids, labels) if label >= 0]
+        assert all(label in (-1, token) for token, label in zip(prompt.ids, labels))
+        assert tokenizer.decode(said, skip_special_tokens=False) == "yes<|im_end|>no  at all<|im_end|>so<|im_end|>"
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two images, none, one image; one, two and no answers that begin."""
+    c, tokenizer = tiny.config(), tiny.tokenizer()
+    x, y, z = some_images(c, 3)
+    return collate([encode(chatml(["<image> or <image>?"]), tokenizer, [x, y]),
+                    encode(chatml(["one", "two", "three"]), tokenizer), encode("<image>c", tokenizer, [z])])
+
+
+def test_padding_belongs_to_no_image(batch):
+    n = [len(counts(images)) for images in batch.images]
+    assert batch.v_img.shape == batch.v_pos.shape == (3, max(n)) and batch.v_img.dtype == np.int64
+    for row, images in zip(batch.v_img.tolist(), batch.images):
+        assert row == counts(images) + [-1] * (max(n) - len(counts(images)))
+    assert ((batch.v_img == -1) == (batch.v_pos >= PAD)).all()
+    assert all(a is b for a, b in zip(batch.positions, (batch.t_pos, batch.v_pos, batch.v_img)))
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0], [1], [1, 1, 2]], ids=str)
+def test_some_prompts_of_a_batch(batch, rows):
+    """Every field, padding as it was; by a list of rows or an array."""
+    for own in (rows, np.array(rows)):
+        chosen = batch.select(own)
+        assert type(chosen) is type(batch)
+        for before, after in zip(batch, chosen):
+            assert len(after) == len(rows) and type(after) is type(before)
+            for k, i in enumerate(rows):
+                assert np.array_equal(after[k], before[i]) if isinstance(before, np.ndarray) else after[k] is before[i]
+
+
+def test_blank_tile_belongs_to_no_image():
+    c, tokenizer = tiny.config(), tiny.tokenizer()
+    text = collate([encode(chatml(["one"]), tokenizer), encode("two", tokenizer)])
+    assert text.v_img.shape == (2, 0)
+    blank = with_blank(text, c)
+    assert blank.v_img.tolist() == [[-1] * 17] * 2 and blank.v_pos.tolist() == [[PAD + i for i in range(17)]] * 2
+    assert [len(images) for images in blank.images] == [1, 0] and blank.images[0][0].tiling.tokens == 17
+    assert np.array_equal(blank.ids, text.ids) and np.array_equal(blank.t_pos, text.t_pos)
+    assert blank.answer_starts == text.answer_starts and text.images == [[], []]  # the batch itself is as it was
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+def slow_mask(labels, t_pos):
+    """A token's next one is a target where it has a label and stands right behind the token."""
+    return [[row[i + 1] >= 0 and pos[i + 1] == pos[i] + 1 for i in range(len(row) - 1)]
+            for row, pos in zip(labels, t_pos)]
+
+
+def test_a_token_right_after_an_image_is_no_target():
+    c, tokenizer = tiny.config(), tiny.tokenizer()
+    x, y = some_images(c, 2)
+    turns = ["<image>a", "b", "c", "d<image>ef"]
+    prompts, labels = zip(*[labelled(turns_to_learn(turns), tokenizer, [x, y]),
+                            labelled([("xy", True)], tokenizer), labelled([("<image>xy", True)], tokenizer, [y])])
+    whole = collate(prompts)
+    labels = np.array([row + [-1] * (whole.ids.shape[1] - len(row)) for row in labels])
+    mask = target_mask(labels, whole.t_pos)
+    assert isinstance(mask, np.ndarray) and mask.dtype == bool and mask.shape == (3, whole.ids.shape[1] - 1)
+    assert mask.tolist() == slow_mask(labels.tolist(), whole.t_pos.tolist())
+    found = [tokenizer.decode(row[1:][m].tolist(), skip_special_tokens=False) for row, m in zip(whole.ids, mask)]
+    assert found == ["b<|im_end|>df<|im_end|>", "y", "y"]  # not e, right after an image, nor x: no text before it
+    assert (mask.sum(1) == (labels >= 0).sum(1) - 1).all()
+
+
+def test_padding_is_no_target():
+    """The token before padding predicts nothing; a batch of one token has no target."""
+    tokenizer = tiny.tokenizer()
+    whole = collate([encode("abcd", tokenizer), encode("a", tokenizer)])
+    labels = np.full(whole.ids.shape, 7)
+    assert target_mask(labels, whole.t_pos)[0].all() and not target_mask(labels, whole.t_pos)[1, 0]
+    assert target_mask(labels[:, :1], whole.t_pos[:, :1]).shape == (2, 0)

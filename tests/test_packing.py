@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from config import Config
-from data import chatml, collate, encode, picture, tiling
-from layers import pack
+from data import chatml, collate, encode, process_image, tiling
 from model import VLM
+from reduction import pack
 from tests import tiny
 
 PER_TILE = {1: 729, 2: 361, 3: 256, 4: 196, 6: 121, 8: 100, 16: 49}
@@ -17,11 +17,11 @@ PER_TILE = {1: 729, 2: 361, 3: 256, 4: 196, 6: 121, 8: 100, 16: 49}
 @pytest.mark.parametrize("ratio", PER_TILE)
 def test_tokens_of_a_tile(ratio):
     assert Config(pack=ratio).side ** 2 == PER_TILE[ratio]
-    assert tiling(500, 300, Config(pack=ratio), alone=False).tokens == PER_TILE[ratio] + 1
+    assert tiling(500, 300, Config(pack=ratio), single_image=False).tokens == PER_TILE[ratio] + 1
 
 
 @pytest.mark.parametrize("size, tokens", [((640, 480), 1453), ((1024, 768), 2337), ((1700, 2200), 3625)])
-def test_whole_pictures_at_ratio_2(size, tokens):
+def test_whole_images_at_ratio_2(size, tokens):
     """Unpadding, newlines and the cap of 9 tiles follow from the new side, 19."""
     assert tiling(*size, Config(pack=2)).tokens == tokens
 
@@ -59,15 +59,15 @@ def test_a_plane_stays_a_plane():
 
 
 def slow_tokens(m, p):
-    """The visual tokens of one picture, written out: pack, connector, grid, unpad, shrink, newlines."""
+    """The visual tokens of one image, written out: pack, connector, grid, unpad, interpolate, newlines."""
     side, t = m.config.side, p.tiling
     c = m.multi_modal_projector
     tiles = [F.gelu(c.linear_1(slow_pack(x, side).mean(1))) @ c.linear_2.weight.T + c.linear_2.bias
              for x in m.vision_tower(torch.from_numpy(p.pixels))]
     rows = [[tiles[1 + i // side * t.grid[1] + j // side][i % side * side + j % side]
-             for j in range(t.cut[1], t.grid[1] * side - t.cut[1])]
-            for i in range(t.cut[0], t.grid[0] * side - t.cut[0])]
-    if t.shrunk:
+             for j in range(t.crop[1], t.grid[1] * side - t.crop[1])]
+            for i in range(t.crop[0], t.grid[0] * side - t.crop[0])]
+    if t.interpolated:
         grid = torch.stack([torch.stack(row) for row in rows])
         rows = F.interpolate(grid.permute(2, 0, 1)[None], t.size, mode="bilinear")[0].permute(1, 2, 0)
     out = list(tiles[0])
@@ -80,21 +80,21 @@ def slow_tokens(m, p):
 @pytest.mark.parametrize("max_tiles", [9, 2])
 def test_packed_forward_equals_the_slow_one(ratio, max_tiles):
     m = tiny.model(max_tiles=max_tiles).add_packing(ratio)
-    p = picture(tiny.image(70, 110), m.config)
+    p = process_image(tiny.image(70, 110), m.config)
     prompt = encode(chatml(["<image>\nwhat?"]), m.tokenizer, [p])
     batch = collate([prompt])
     with torch.inference_mode():
         slow = slow_tokens(m, p)
         assert slow.shape == (p.tiling.tokens, 64) and (m.encode([p])[0] - slow).abs().max() < 1e-4
-        t, _, t_pos, v_pos = m.embed(batch)
+        t, _ = m.embed(batch)
         for sa in [(), (1,), (1, 4), tuple(range(6))]:
-            want = m.language_model(t, slow[None], t_pos, v_pos, sa)
+            want = m.language_model(t, slow[None], m.layout(batch), sa)
             assert (m.head(m(batch, sa)) - m.head(want)).abs().max() < 1e-4
 
 
 def test_widened_connector_starts_as_the_mean(tmp_path):
     m = tiny.model()
-    p = picture(tiny.image(70, 110), m.add_packing(2).config)
+    p = process_image(tiny.image(70, 110), m.add_packing(2).config)
     with torch.no_grad():
         mean = m.encode([p])[0]
         m.add_packing(2, widen=True)
@@ -109,7 +109,7 @@ def test_widened_connector_starts_as_the_mean(tmp_path):
 
 def test_packed_model_trains_and_generates():
     m = tiny.model().add_packing(2, widen=True)
-    p = picture(tiny.image(70, 110), m.config)
+    p = process_image(tiny.image(70, 110), m.config)
     prompts = [encode(chatml(["<image>\nwhat?"]), m.tokenizer, [p]), encode(chatml(["hi"]), m.tokenizer)]
     m(collate(prompts), [(1,), ()]).square().mean().backward()
     assert m.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0

@@ -7,7 +7,7 @@ import torch
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from data import chatml, collate, encode, picture, place_images
+from data import chatml, collate, encode, place_images, process_image
 from model import VLM
 from tests import tiny
 
@@ -64,8 +64,8 @@ def inputs(images, prompt):
 def check(pair, images, text):
     """Logits of every text token agree, in bfloat16 to 2 % of the largest; returns that one."""
     reference, ours = pair
-    pictures = [picture(image, ours.config, alone=len(images) == 1) for image in images]
-    prompt = encode(text, ours.tokenizer, pictures)
+    processed = [process_image(image, ours.config, single_image=len(images) == 1) for image in images]
+    prompt = encode(text, ours.tokenizer, processed)
     with torch.inference_mode():
         theirs = reference(**inputs(images, prompt)).logits[0, prompt.t_pos][:, :ours.config.vocab]
         mine = ours.head(ours(collate([prompt]), ours.config.configuration("dense")))[0]
@@ -75,20 +75,20 @@ def check(pair, images, text):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
-def test_logits_one_picture(pair, size):
+def test_logits_one_image(pair, size):
     scale = check(pair, [tiny.image(*size, seed=size[0])], chatml([place_images("What is it?", 1)]))
     assert 5 < scale < 100  # or the tolerance would mean nothing
 
 
 @pytest.mark.parametrize("n", [0, 2, 3])
-def test_logits_no_or_several_pictures(pair, n):
+def test_logits_no_or_several_images(pair, n):
     images = [tiny.image(90 + 200 * i, 300 - 70 * i, seed=i) for i in range(n)]
     check(pair, images, chatml([place_images("What is it?", n)]))
 
 
-def test_logits_several_turns_and_pictures_in_the_text(pair):
+def test_logits_several_turns_and_images_in_the_text(pair):
     images = [tiny.image(50, 80, 1), tiny.image(300, 20, 2)]
-    check(pair, images, chatml(["First <image> then\n<image>?", "Two pictures.", "And now?"]))
+    check(pair, images, chatml(["First <image> then\n<image>?", "Two images.", "And now?"]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -105,8 +105,8 @@ def test_greedy_tokens(pair, sizes):
     """32 tokens, or fewer where both stop at <|im_end|>. Theirs may not choose rows that are only padding."""
     reference, ours = pair
     images = [tiny.image(*size, seed=7) for size in sizes]
-    pictures = [picture(image, ours.config, alone=len(images) == 1) for image in images]
-    prompt = encode(chatml([place_images("Tell me", len(images))]), ours.tokenizer, pictures)
+    processed = [process_image(image, ours.config, single_image=len(images) == 1) for image in images]
+    prompt = encode(chatml([place_images("Tell me", len(images))]), ours.tokenizer, processed)
     sent = inputs(images, prompt)
     vocab = reference.config.text_config.vocab_size
     theirs = reference.generate(**sent, max_new_tokens=32, do_sample=False, eos_token_id=ours.stop_id, pad_token_id=0,

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import sample
-from data import chatml, encode, picture, place_images, split_shared
+from data import chatml, encode, place_images, process_image, split_shared
 from flops import llm_flops, router_flops
-from model import VLM, choose
+from model import VLM, sample_token
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with a checkpoint and some pictures."""
+    """A directory with two checkpoints and some images."""
     d = tmp_path_factory.mktemp("sample")
     tiny.model().save_pretrained(d / "model")
     tiny.model(visor=False).save_pretrained(d / "dense")
@@ -53,18 +53,19 @@ def test_json_is_complete_and_true(place, capsys):
     rows = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and len(rows) == 2
     model = VLM.from_pretrained(place / "model")
-    pictures = [picture(Image.open(place / name), model.config, alone=False) for name in ("a.png", "b.jpg")]
+    processed = [process_image(Image.open(place / name), model.config, single_image=False)
+                 for name in ("a.png", "b.jpg")]
     for row, question in zip(rows, ("What?", "And <image> beside <image>?")):
         assert set(row) == {"question", "answer", "tokens", "sa", "routed", "text_tokens", "vision_tokens", "flops",
                             "seconds"}
-        prompt = encode(chatml([place_images(question, 2)]), model.tokenizer, pictures)
+        prompt = encode(chatml([place_images(question, 2)]), model.tokenizer, processed)
         assert row["tokens"] == model.generate([prompt], (1, 4), max_tokens=6)[0] and len(row["tokens"]) == 6
         assert row["answer"] == model.tokenizer.decode(row["tokens"]).strip()
         assert (row["sa"], row["routed"], row["text_tokens"]) == ([1, 4], False, len(prompt.ids))
         assert row["vision_tokens"] == 2 * (16 + 1)
         assert set(row["flops"]) == {"encoder", "llm", "llm_dense", "saving"} and row["flops"]["saving"] > 1
         steps = sum(llm_flops(model.config, (1, 4), 1, 0, len(prompt.ids) + i, 34) for i in range(5))
-        shared = encode(split_shared(chatml([place_images(question, 2)]))[0], model.tokenizer, pictures)
+        shared = encode(split_shared(chatml([place_images(question, 2)]))[0], model.tokenizer, processed)
         own = len(prompt.ids) - len(shared.ids)
         assert row["flops"]["llm"] == steps + llm_flops(model.config, (1, 4), own, 0, len(shared.ids), 34) + \
             llm_flops(model.config, (1, 4), len(shared.ids), 34, head=False)
@@ -73,14 +74,14 @@ def test_json_is_complete_and_true(place, capsys):
     assert again == [row["tokens"] for row in rows] and len(set(again[0])) > 1  # two runs are equal
 
 
-def test_second_question_does_not_pay_for_the_picture(place, capsys):
+def test_second_question_does_not_pay_for_the_image(place, capsys):
     _, out, _ = call(capsys, "--model", place / "model", "--image", place / "a.png", "--q", "a", "--q", "b", "--json")
     first, second = (json.loads(line) for line in out.splitlines())
     assert first["flops"]["encoder"] > 0 and second["flops"]["encoder"] == 0 and second["seconds"]["encoder"] == 0
     assert second["flops"]["llm"] < first["flops"]["llm"]
 
 
-def test_no_picture_and_dense_default(place, capsys):
+def test_no_image_and_dense_default(place, capsys):
     status, out, err = call(capsys, "--model", place / "dense", "--q", "hi", "--json", "--max-tokens", 3)
     row = json.loads(out)
     assert status == 0 and row["vision_tokens"] == 0 and row["sa"] == list(range(6)) and row["flops"]["saving"] == 1
@@ -92,7 +93,7 @@ def test_auto_without_a_router_runs_the_full_configuration_and_says_so(place, ca
 
 
 def test_auto_asks_the_router_for_each_question(place, capsys):
-    """Each question its own route, as the model says; a picture is read anew only where routes differ; a budget."""
+    """Each question its own route, as the model says; an image runs again only where routes differ; a budget."""
     model = tiny.model(layers=12, visor=False).add_cross_attention(viable=[(1,), (1, 4), (1, 4, 7)]).add_router()
     for p in model.router.parameters():
         torch.nn.init.normal_(p)
@@ -103,7 +104,7 @@ def test_auto_asks_the_router_for_each_question(place, capsys):
     status, out, err = call(capsys, *words)
     rows = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and "routed to" in err and all(row["routed"] for row in rows)
-    image, ran = picture(Image.open(place / "a.png"), model.config), []
+    image, ran = process_image(Image.open(place / "a.png"), model.config), []
     for row, question in zip(rows, questions):
         prompt, routes = encode(chatml([place_images(question, 1)]), model.tokenizer, [image]), []
         assert row["tokens"] == model.generate([prompt], "auto", max_tokens=3, routes=routes)[0]
@@ -155,14 +156,17 @@ def test_packing_by_one_flag(place, capsys):
 
 def test_sampling_flags_reach_the_model(place, capsys):
     words = ["--model", place / "dense", "--q", "hi", "--json", "--max-tokens", 8]
-    ask = lambda *more: json.loads(call(capsys, *words, *more)[1])["tokens"]
-    greedy, hot = ask(), ask("--temperature", 5)
-    assert hot != greedy and hot == ask("--temperature", 5) and hot != ask("--temperature", 5, "--seed", 1)
-    assert ask("--temperature", 5, "--top-p", 0.001) == greedy == ask("--temperature", 1e-40)
+    tokens = lambda *more: json.loads(call(capsys, *words, *more)[1])["tokens"]
+    greedy, hot = tokens(), tokens("--temperature", 5)
+    assert hot != greedy and hot == tokens("--temperature", 5) and hot != tokens("--temperature", 5, "--seed", 1)
+    assert tokens("--temperature", 5, "--top-p", 0.001) == greedy == tokens("--temperature", 1e-40)
 
 
 def test_answers_with_line_breaks_stay_on_one_line(place, capsys, monkeypatch):
-    monkeypatch.setattr(VLM, "ask", lambda self, *_, **__: self.tokenizer.encode("a\nb\rc").ids)
+    def answer(self, *_, routes, **__):
+        routes[:] = [(1, 4)]
+        return self.tokenizer.encode("a\nb\rc").ids
+    monkeypatch.setattr(VLM, "answer", answer)
     assert call(capsys, "--model", place / "model", "--q", "hi")[1] == "a b c\n"
 
 
@@ -177,12 +181,12 @@ def test_budget_message_names_a_budget_that_works(place, capsys):
         err = call(capsys, *words, "--q", q, "--budget", 0.001)[2]
         enough = float(err.split("costs ")[1].split()[0])
         assert call(capsys, *words, "--q", q, "--budget", enough)[0] == 0
-    assert call(capsys, *words[:2], "--q", "no picture", "--budget", 0.001)[0] == 0  # nothing to save
+    assert call(capsys, *words[:2], "--q", "no image", "--budget", 0.001)[0] == 0  # nothing to save
 
 
 def test_temperature_and_top_p():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, 4)
-    draw = lambda t, p, seed=0: choose(logits, t, p, torch.Generator().manual_seed(seed))
+    draw = lambda t, p, seed=0: sample_token(logits, t, p, torch.Generator().manual_seed(seed))
     assert (draw(0, 1) == 0).all() and (draw(1, 0.1) == 0).all()
     share = draw(1, 1).bincount(minlength=4) / 4000
     assert torch.allclose(share, logits[0].softmax(0), atol=0.03)
@@ -190,6 +194,13 @@ def test_temperature_and_top_p():
     assert set(nucleus.tolist()) == {0, 1} and abs((nucleus == 0).float().mean() - 0.644 / 0.881) < 0.03
     assert torch.equal(draw(1, 1), draw(1, 1)) and not torch.equal(draw(1, 1), draw(1, 1, seed=1))
     assert (draw(0.1, 1) == 0).float().mean() > 0.99
+
+
+def test_explain_draws_the_last_answer(place, tmp_path, capsys):
+    status, out, err = call(capsys, "--model", place / "model", "--image", place / "a.png", "--q", "one", "--q", "two",
+                            "--max-tokens", 2, "--explain", tmp_path / "e.png")
+    assert status == 0 and len(out.split("\n")) == 3 and err.splitlines()[-1].startswith(f"{tmp_path / 'e.png'}: ")
+    assert Image.open(tmp_path / "e.png").width == 1600
 
 
 def test_streaming_holds_back_incomplete_characters(capsys):
@@ -210,9 +221,10 @@ def test_streams_to_a_terminal(place, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
     words = ["--model", str(place / "model"), "--image", str(place / "a.png"), "--q", "one", "--max-tokens", "5"]
     sample.main(words)
-    tokens = VLM.from_pretrained(place / "model")
-    prompt = encode(chatml(["<image>\none"]), tokens.tokenizer, [picture(Image.open(place / "a.png"), tokens.config)])
-    answer = tokens.tokenizer.decode(tokens.generate([prompt], (1, 4), max_tokens=5)[0])
+    model = VLM.from_pretrained(place / "model")
+    image = process_image(Image.open(place / "a.png"), model.config)
+    prompt = encode(chatml(["<image>\none"]), model.tokenizer, [image])
+    answer = model.tokenizer.decode(model.generate([prompt], (1, 4), max_tokens=5)[0])
     assert terminal.getvalue() == answer.rstrip("\ufffd") + "\n"
 
 
@@ -225,19 +237,19 @@ def bomb(path):
                      + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
 
 
-PICTURES = {
-    "text.png": (lambda p: p.write_text("I am a text"), "not a picture"),
-    "empty.png": (lambda p: p.write_bytes(b""), "not a picture"),
-    "half.jpg": (lambda p: (tiny.image(300, 300).save(p), p.write_bytes(p.read_bytes()[:9000])), "broken picture"),
-    "half.png": (lambda p: (tiny.image(300, 300).save(p), p.write_bytes(p.read_bytes()[:9000])), "broken picture"),
+IMAGES = {
+    "text.png": (lambda p: p.write_text("I am a text"), "not an image"),
+    "empty.png": (lambda p: p.write_bytes(b""), "not an image"),
+    "half.jpg": (lambda p: (tiny.image(300, 300).save(p), p.write_bytes(p.read_bytes()[:9000])), "broken image"),
+    "half.png": (lambda p: (tiny.image(300, 300).save(p), p.write_bytes(p.read_bytes()[:9000])), "broken image"),
     "bomb.png": (bomb, "pixels; make it smaller"),
-    "nowhere.png": (lambda p: None, "no such picture"),
-    "folder.png": (lambda p: p.mkdir(), "no such picture")}
+    "nowhere.png": (lambda p: None, "no such image"),
+    "folder.png": (lambda p: p.mkdir(), "no such image")}
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_broken_pictures(place, tmp_path, capsys, name):
-    make, message = PICTURES[name]
+@pytest.mark.parametrize("name", IMAGES)
+def test_broken_images(place, tmp_path, capsys, name):
+    make, message = IMAGES[name]
     make(tmp_path / name)
     status, out, err = call(capsys, "--model", place / "model", "--image", tmp_path / name, "--q", "hi")
     assert status == 2 and out == "" and err.splitlines()[-1].startswith(f"error: {tmp_path / name}") and message in err
@@ -264,7 +276,7 @@ WORDS = {
     "--temperature -1": (["--q", "hi", "--temperature", "-1"], "--temperature"),
     "--device": (["--q", "hi", "--device", "warp"], "--device warp"),
     "--nonsense": (["--q", "hi", "--nonsense"], "--nonsense"),
-    "too many <image>": (["--q", "<image> hi"], "0 pictures"),
+    "too many <image>": (["--q", "<image> hi"], "0 images"),
     "no model": (["--q", "hi", "--model", "no-such-thing"], "no-such-thing: no such directory")}
 
 
@@ -277,7 +289,7 @@ def test_bad_words(place, capsys, what):
     assert status == 2 and out == "" and last.startswith("error: ") and message in last
 
 
-def test_one_pixel_is_a_picture(place, tmp_path, capsys):
+def test_one_pixel_is_an_image(place, tmp_path, capsys):
     tiny.image(1, 1).save(tmp_path / "dot.png")
     status, out, _ = call(capsys, "--model", place / "model", "--image", tmp_path / "dot.png", "--q", "hi", "--json")
     assert status == 0 and json.loads(out)["vision_tokens"] > 0
@@ -290,5 +302,5 @@ def test_as_a_program(place):
     done = program("--image", "a.png", "--q", "hi", "--max-tokens", "3")
     assert done.returncode == 0 and done.stdout.count("\n") == 1
     failed = program("--image", "c.png", "--q", "hi")
-    assert failed.returncode == 2 and failed.stderr == "error: c.png: no such picture; check the path\n"
+    assert failed.returncode == 2 and failed.stderr == "error: c.png: no such image; check the path\n"
     assert program("--help").returncode == 0

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from config import PAD
-from data import IMAGE, Prompt, chatml, collate, encode, picture, place_images, split_shared
+from data import IMAGE, Prompt, chatml, collate, encode, join, place_images, process_image, split_shared
+from layers import Past, make_layout
 from model import VLM
 from tests import tiny
 
@@ -37,33 +38,40 @@ def words(rng):
     return "".join(rng.choices(string.ascii_letters + "    .,?é中", k=rng.randint(3, 30)))
 
 
-def some_pictures(m, rng, n, alone=None):
+def some_images(m, rng, n, single_image=None):
     images = [tiny.image(rng.randint(8, 60), rng.randint(8, 60), rng.randrange(1 << 30)) for _ in range(n)]
-    return [picture(x, m.config, rng.random() < 0.5 if alone is None else alone) for x in images]
+    return [process_image(x, m.config, rng.random() < 0.5 if single_image is None else single_image) for x in images]
 
 
-def some_prompt(m, rng, images, turns=1):
-    """A conversation of random words with pictures anywhere in it, but never side by side."""
+def some_prompt(m, rng, images, turns=1, adjacent=False):
+    """A conversation of random words with images anywhere in it; adjacent: two of them side by side."""
     text = chatml([words(rng) for _ in range(2 * turns - 1)], system=words(rng))
-    for cut in sorted(rng.sample(range(len(text) + 1), images), reverse=True):
+    cuts = sorted(rng.sample(range(len(text) + 1), images), reverse=True)
+    for cut in [cuts[0], *cuts[:1], *cuts[2:]] if adjacent else cuts:
         text = text[:cut] + IMAGE + text[cut:]
-    return encode(text, m.tokenizer, some_pictures(m, rng, images))
-
-
-def join(a, b):
-    """Two prompts, the second placed after the first, as one."""
-    return Prompt(*(list(x) + list(y) for x, y in zip(a, b)))
+    return encode(text, m.tokenizer, some_images(m, rng, images))
 
 
 def starts(prompt):
-    """The positions at which its pictures start."""
-    return [p for p in prompt.v_pos if p - 1 not in prompt.v_pos]
+    """The positions at which its images start."""
+    return [prompt.v_pos[prompt.v_img.index(i)] for i in range(len(prompt.images))]
 
 
 @torch.no_grad()
-def logits(m, prompts, sa, cache=None):
-    """For each prompt of a padded batch, the logits (its text tokens, vocab)."""
-    return [m.head(h[:len(p.ids)]) for h, p in zip(m(collate(prompts), sa, cache), prompts)]
+def logits(m, prompts, sa, tree=None):
+    """For each prompt of a padded batch, the logits (its text tokens, vocab); with a tree, as its next segment."""
+    if tree is None:
+        h = m(collate(prompts), sa)
+    else:
+        m.extend(tree, collate(prompts))
+        h = m.language_model.norm(tree.run(sa)[0])
+    return [m.head(row[:len(p.ids)]) for row, p in zip(h, prompts)]
+
+
+def inputs(m, prompts):
+    """What LanguageModel.forward takes of a batch: t, v, layout."""
+    batch = collate(prompts)
+    return *m.embed(batch), m.layout(batch)
 
 
 def diff(a, b):
@@ -111,32 +119,33 @@ def slow_block(block, x, may_look, c):
     return x + block.mlp(block.post_attention_layernorm(x))
 
 
-def slow_cross(cross, x, is_text, c):
-    """What each row of the interleaved sequence gets from the visual rows before it; meant for its text rows."""
-    before = [int(is_text[:i].sum()) for i in range(len(x))]  # text rows; the same for all rows of one picture
-    y = x + cross.position.bias
+def slow_cross(cross, x, is_text, image, c):
+    """What each row of the interleaved sequence gets from the visual rows before it; meant for its text rows. image:
+    which one each visual row belongs to."""
+    y = x + cross.cpe.bias
     for i, j in itertools.product(range(len(x)), range(-3, 4)):
-        if 0 <= i + j < len(x) and not is_text[i] and not is_text[i + j] and before[i] == before[i + j]:
-            y = y.index_add(0, torch.tensor([i]), x[i + j:i + j + 1] * cross.position.weight[:, 0, j + 3])
+        if 0 <= i + j < len(x) and not is_text[i] and not is_text[i + j] and image[i] == image[i + j]:
+            y = y.index_add(0, torch.tensor([i]), x[i + j:i + j + 1] * cross.cpe.weight[:, 0, j + 3])
     y = cross.kv_norm(y)
     may_look = torch.ones(len(x), len(x)).tril(-1).bool() & ~is_text
     return cross.o_proj(slow_attention(cross.q_proj(cross.q_norm(x)), cross.k_proj(y), cross.v_proj(y), may_look, c))
 
 
-def slow(lm, t, v, prompt, sa, rest=()):
-    """The language model on one whole prompt: t (Nt, d), v (Nv, d) -> (Nt, d)."""
+def slow(lm, t, v, prompt, sa, frozen=()):
+    """The language model on one whole prompt: t (Nt, d), v (Nv, d) -> (Nt, d). frozen: layers that leave v as it is."""
     c, order = lm.config, [None] * prompt.end
     for i, p in enumerate([*prompt.t_pos, *prompt.v_pos]):
         order[p] = i
     x = torch.cat([t, v])[order]
     is_text = torch.tensor(order) < len(t)
+    image = [None if i < len(t) else prompt.v_img[i - len(t)] for i in order]
     causal = torch.ones(len(x), len(x)).tril().bool()
     for l, block in enumerate(lm.layers):
         if l in sa:
-            x = torch.where(is_text[:, None] | (l not in rest), slow_block(block, x, causal, c), x)
+            x = torch.where(is_text[:, None] | (l not in frozen), slow_block(block, x, causal, c), x)
             continue
         if l in c.ca:
-            x = torch.where(is_text[:, None], x + slow_cross(lm.cross[str(l)], x, is_text, c), x)
+            x = torch.where(is_text[:, None], x + slow_cross(lm.cross[str(l)], x, is_text, image, c), x)
         x = torch.where(is_text[:, None], slow_block(block, x, causal & is_text, c), x)
     return lm.norm(x)[is_text]
 
@@ -159,41 +168,72 @@ def test_insertion_changes_nothing(seed):
 @pytest.mark.parametrize("seed", range(14))
 @torch.no_grad()
 def test_forward_is_the_reference(seed):
-    """Random layers, pictures anywhere, a padded batch; then with noise in the padding, which nobody may see."""
+    """Random layers, images anywhere, also side by side, a padded batch; then with noise in the padding, which nobody
+    may see."""
     rng = random.Random(seed)
     m, _ = new(seed, ca=(2, 5) if seed % 2 else tuple(sorted(rng.sample(DENSE, rng.randint(0, 6)))))
     sa = ((), DENSE)[seed // 2 % 2] if seed < 4 else tuple(sorted(rng.sample(DENSE, rng.randint(0, 6))))
     prompts = [some_prompt(m, rng, rng.randint(0, 3), turns=rng.randint(1, 2)) for _ in range(3)]
+    prompts.append(some_prompt(m, rng, 3, adjacent=True))
     assert len({len(p.ids) for p in prompts}) > 1
-    t, v, *places = m.embed(collate(prompts))
-    t, v = (torch.where(pos[..., None] < PAD, x, 10 * torch.randn_like(x)) for x, pos in zip((t, v), places))
-    for p, fast, noisy in zip(prompts, logits(m, prompts, sa), m.head(m.language_model(t, v, *places, sa))):
-        t, v, *_ = m.embed(collate([p]))
+    batch = collate(prompts)
+    t, v = m.embed(batch)
+    t, v = (torch.where(torch.from_numpy(pos)[..., None] < PAD, x, 10 * torch.randn_like(x))
+            for x, pos in ((t, batch.t_pos), (v, batch.v_pos)))
+    noisy = m.head(m.language_model(t, v, m.layout(batch), sa))
+    for p, fast, with_noise in zip(prompts, logits(m, prompts, sa), noisy):
+        t, v, _ = inputs(m, [p])
         expected = m.head(slow(m.language_model, t[0], v[0], p, sa))
         assert 4 < expected.std() < 20  # else the tolerance would mean nothing
-        assert diff(fast, expected) < CLOSE and diff(noisy[:len(p.ids)], expected) < CLOSE, (m.config.ca, sa)
+        assert diff(fast, expected) < CLOSE and diff(with_noise[:len(p.ids)], expected) < CLOSE, (m.config.ca, sa)
 
 
-@pytest.mark.parametrize("sa, rest", [(DENSE, (0, 2, 3)), (DENSE, DENSE), ((1, 4), (1,)), ((1, 4), (4,)), ((1,), (2,))])
+@pytest.mark.parametrize("sa, frozen", [(DENSE, (0, 2, 3)), (DENSE, DENSE), ((1, 4), (1,)), ((1, 4), (4,)),
+                                        ((1,), (2,)), ((0, 3, 5), ())])
 @torch.no_grad()
-def test_vision_may_rest_while_text_looks_at_it(sa, rest):
-    m, rng = new(5)
+def test_stretches_of_run(sa, frozen):
+    """Layers one by one, or two by two, are all at once; alone in its configuration a dense model's layer leaves v as
+    it is."""
+    m, rng = new(5, ca=())
     prompts = [some_prompt(m, rng, images) for images in (1, 2, 0)]
-    h = m.language_model(*m.embed(collate(prompts)), sa, rest=rest)
-    for p, row in zip(prompts, h):
-        t, v, *_ = m.embed(collate([p]))
-        assert diff(m.head(row[:len(p.ids)]), m.head(slow(m.language_model, t[0], v[0], p, sa, rest))) < CLOSE
+    t0, v0, layout = inputs(m, prompts)
+    t, v = t0, v0
+    for l in DENSE:
+        before = v
+        t, v = m.language_model.run(t, v, layout, (l,) if l in sa and l in frozen else sa, l, l + 1)
+        assert torch.equal(v, before) == (l not in sa or l in frozen or l == max(sa))
+    for p, row in zip(prompts, m.language_model.norm(t)):
+        a, b, _ = inputs(m, [p])
+        expected = m.head(slow(m.language_model, a[0], b[0], p, sa, frozen))
+        assert diff(m.head(row[:len(p.ids)]), expected) < CLOSE
+    if not frozen:
+        t, v = t0, v0
+        for l in (0, 2, 4):
+            t, v = m.language_model.run(t, v, layout, sa, l, l + 2)
+        assert torch.equal(m.language_model.norm(t), m.language_model(t0, v0, layout, sa))
+
+
+@torch.no_grad()
+def test_run_has_no_memory():
+    """The same call twice, with others between, gives the same bits, and changes none of its arguments."""
+    m, rng = new(11)
+    t, v, layout = inputs(m, [some_prompt(m, rng, 2), some_prompt(m, rng, 1)])
+    kept = t.clone(), v.clone()
+    first = m.language_model.run(t, v, layout, (1, 4))
+    m.language_model.run(t, v, layout, DENSE), m.language_model.run(t, v, layout, (), 2, 5)
+    again = m.language_model.run(t, v, layout, (1, 4))
+    assert all(torch.equal(a, b) for a, b in zip((*first, *kept), (*again, t, v)))
 
 
 @pytest.mark.parametrize("sa", [(), (1,), (4,), (1, 4), (5,), DENSE])
 @pytest.mark.parametrize("which", [0, 1])
-def test_pictures_are_seen_by_later_text_only(sa, which):
-    """Another picture in the same place: text before it stays as it is, all text after it changes."""
+def test_only_later_text_attends_to_an_image(sa, which):
+    """Another image in the same place: text before it stays as it is, all text after it changes."""
     m, rng = new(3)
     text = chatml([f"{words(rng)}{IMAGE}{words(rng)}{IMAGE}{words(rng)}"])
-    pictures = [picture(tiny.image(40, 30, i), m.config, alone=which == 1) for i in range(3)]
-    a = encode(text, m.tokenizer, pictures[:2])
-    b = encode(text, m.tokenizer, [pictures[2], pictures[1]] if which == 0 else [pictures[0], pictures[2]])
+    images = [process_image(tiny.image(40, 30, i), m.config, single_image=which == 1) for i in range(3)]
+    a = encode(text, m.tokenizer, images[:2])
+    b = encode(text, m.tokenizer, [images[2], images[1]] if which == 0 else [images[0], images[2]])
     looked = {}
     for l, cross in m.language_model.cross.items():
         cross.register_forward_hook(lambda _, args, y, l=l: looked.update({int(l): y[0]}))
@@ -201,18 +241,18 @@ def test_pictures_are_seen_by_later_text_only(sa, which):
     before = torch.tensor(a.t_pos) < starts(a)[which]
     assert diff(x[before], y[before]) <= 1e-6
     assert (x - y)[~before].abs().amax(1).min() > 10 * CLOSE
-    sighted = torch.tensor(a.t_pos) > a.v_pos[0]
+    has_image = torch.tensor(a.t_pos) > a.v_pos[0]
     assert sorted(looked) == [l for l in m.config.ca if l not in sa]
-    assert all((y[~sighted] == 0).all() and (y[sighted] != 0).any(1).all() for y in looked.values())
+    assert all((y[~has_image] == 0).all() and (y[has_image] != 0).any(1).all() for y in looked.values())
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_cross_attention_has_no_order_of_pictures(seed):
-    """Two pictures of equal size swapped. Text also hears the text between, so for () self-attention is silenced."""
+def test_cross_attention_has_no_order_of_images(seed):
+    """Two images of equal size swapped. Text also attends to the text between, so for () self-attention is silenced."""
     m, rng = new(seed)
     text = chatml([f"{words(rng)}{IMAGE}{words(rng)}{IMAGE}{words(rng)}"])
-    pictures = some_pictures(m, rng, 2, alone=False)
-    a, b = encode(text, m.tokenizer, pictures), encode(text, m.tokenizer, pictures[::-1])
+    images = some_images(m, rng, 2, single_image=False)
+    a, b = encode(text, m.tokenizer, images), encode(text, m.tokenizer, images[::-1])
     t_pos = torch.tensor(a.t_pos)
     before, after = t_pos < a.v_pos[0], t_pos > a.v_pos[-1]
     (x,), (y,) = logits(m, [a], DENSE), logits(m, [b], DENSE)
@@ -231,9 +271,11 @@ def test_dead_vision_is_not_computed(ca, sa):
     """Logits and all gradients are those of the reference, which updates v to the end; the rows show where v stops."""
     m, rng = new(4, ca=ca)
     lm, prompts = m.language_model, [some_prompt(m, rng, 1), some_prompt(m, rng, 2)]
-    t, v, t_pos, v_pos = (x.detach() for x in m.embed(collate(prompts)))
+    batch = collate(prompts)
+    t, v = (x.detach() for x in m.embed(batch))
+    layout, t_pos, v_pos = m.layout(batch), batch.t_pos, batch.v_pos
     names, parameters = zip(*m.named_parameters())
-    weight = torch.randn(*t_pos.shape, m.config.vocab) / 100
+    weight = torch.randn(*t.shape[:2], m.config.vocab) / 100
 
     def run(forward):
         """Logits of each prompt, gradients of t, v and all parameters."""
@@ -245,7 +287,7 @@ def test_dead_vision_is_not_computed(ca, sa):
     watched = {(kind, l): module for l, b in enumerate(lm.layers)
                for kind, module in (("mlp", b.mlp), ("q", b.self_attn.q_proj), ("k", b.self_attn.k_proj))}
     with counting(watched) as rows:
-        out, grads = run(lambda t, v: [h[:len(p.ids)] for h, p in zip(lm(t, v, t_pos, v_pos, sa), prompts)])
+        out, grads = run(lambda t, v: [h[:len(p.ids)] for h, p in zip(lm(t, v, layout, sa), prompts)])
     expected, slow_grads = run(lambda t, v: [slow(lm, t[i, :len(p.ids)], v[i, :len(p.v_pos)], p, sa)
                                              for i, p in enumerate(prompts)])
     assert max(map(diff, out, expected)) < CLOSE
@@ -253,7 +295,7 @@ def test_dead_vision_is_not_computed(ca, sa):
         assert diff(g, s) <= CLOSE * max(1, s.abs().max().item()), name
     assert (grads[1] != 0).any() == bool(ca or sa)
 
-    text, both = t_pos.numel(), t_pos.numel() + v_pos.numel()
+    text, both = t_pos.size, t_pos.size + v_pos.size
     last = max([*sa, *(l for l in ca if l not in sa)], default=-1)
     for l in range(m.config.layers):
         assert rows["mlp", l] == rows["q", l] == (both if l in sa and l < last else text), l
@@ -267,9 +309,9 @@ def test_batches(sa):
     prompts = [some_prompt(m, rng, n, turns) for n, turns in ((1, 1), (2, 2), (0, 1), (0, 2), (3, 1), (1, 1))]
     each = list(zip(prompts, sa if isinstance(sa, list) else [sa] * 6))
     assert all(diff(x, *logits(m, [p], own)) < CLOSE for x, (p, own) in zip(logits(m, prompts, sa), each))
-    told = [[] for _ in prompts]
-    answers = m.generate(prompts, sa, max_tokens=10, on_token=lambda i, token: told[i].append(token))
-    assert answers == told == [m.generate([p], own, max_tokens=10)[0] for p, own in each]
+    emitted = [[] for _ in prompts]
+    answers = m.generate(prompts, sa, max_tokens=10, on_token=lambda i, token: emitted[i].append(token))
+    assert answers == emitted == [m.generate([p], own, max_tokens=10)[0] for p, own in each]
     assert answers == m.generate(prompts, sa, max_tokens=10)
     drawn = [m.generate(prompts, sa, max_tokens=10, temperature=5.0, top_p=0.9, seed=s) for s in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -279,72 +321,86 @@ def test_batches(sa):
 
 @pytest.mark.parametrize("sa", [(), (1,), (1, 4), (1, 4, 7), (1, 4, 7, 10), tuple(range(12))])
 @pytest.mark.parametrize("images", [1, 2])
-def test_ask_after_see(sa, images):
-    """Questions about pictures seen once: as in one piece, in any order, and vision is not touched again."""
+def test_answer_after_prefill(sa, images):
+    """Questions about images that are prefilled once: as in one prompt, in any order; no vision work is repeated."""
     m, rng = new(images, layers=12)
     assert sa in m.config.viable or len(sa) == 12
-    pictures = some_pictures(m, rng, images, alone=images == 1)
+    shown = some_images(m, rng, images, single_image=images == 1)
     texts = [chatml([place_images(words(rng), images)]) for _ in range(3)]
-    whole = [encode(text, m.tokenizer, pictures) for text in texts]
-    begin = encode(split_shared(texts[0])[0], m.tokenizer, pictures)
-    rest = [encode(split_shared(text)[1], m.tokenizer, start=begin.end) for text in texts]
-    assert [join(begin, r)[:3] for r in rest] == [w[:3] for w in whole]
-    cache = m.see(begin, sa)
-    first = m.ask(cache, rest[0], max_tokens=8)
+    whole = [encode(text, m.tokenizer, shown) for text in texts]
+    prefix = encode(split_shared(texts[0])[0], m.tokenizer, shown)
+    questions = [encode(split_shared(text)[1], m.tokenizer, start=prefix.end) for text in texts]
+    assert [join(prefix, q)[:4] for q in questions] == [w[:4] for w in whole]
+    tree = m.prefill([prefix], sa)
+    first = m.answer(tree, questions[0], max_tokens=8)
     assert first == m.generate([whole[0]], sa, max_tokens=8)[0] and len(first) == 8
 
     text_rows = dict(enumerate(x for b in m.language_model.layers for x in (b.mlp, b.self_attn.k_proj)))
     vision = {"tower": m.vision_tower, **{f"cross {l}": x.k_proj for l, x in m.language_model.cross.items()}}
     with counting(text_rows | vision) as rows:
-        second = m.ask(cache, rest[1], max_tokens=8)
+        second = m.answer(tree, questions[1], max_tokens=8)
     assert second == m.generate([whole[1]], sa, max_tokens=8)[0] and len(second) == 8
-    assert {rows[x] for x in text_rows} == {len(rest[1].ids) + 7}  # the last token of an answer is not run
+    assert {rows[x] for x in text_rows} == {len(questions[1].ids) + 7}  # the last token of an answer is not run
     assert not any(rows[x] for x in vision)
 
-    assert m.ask(cache, rest[0], max_tokens=8) == first
+    assert m.answer(tree, questions[0], max_tokens=8) == first
     one_shot, = logits(m, [whole[2]], sa)
-    assert diff(logits(m, [rest[2]], sa, cache)[0], one_shot[len(begin.ids):]) < CLOSE
+    assert diff(logits(m, [questions[2]], sa, tree)[0], one_shot[len(prefix.ids):]) < CLOSE
 
 
 @pytest.mark.parametrize("sa", [(), (1,), (1, 4), DENSE])
 @pytest.mark.parametrize("stop", [0, 1, 2, None])
 @pytest.mark.parametrize("brings", [0, 1, 2])
 def test_conversation(sa, stop, brings, monkeypatch):
-    """Kept turns, cut short or ended by a stop token, with `brings` new pictures in turn 2: as rendered at once."""
+    """Kept turns, cut short or ended by a stop token, with `brings` new images in turn 2: as in one prompt."""
     m, rng = new(6)
     shared, own = split_shared(chatml([place_images("what is this?", 1)]))
     follow_up = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
     more = " or ".join([IMAGE] * brings)
     turns = [(own, 0), (follow_up.format(more, "and?"), brings), (follow_up.format("so", "?"), 0)]
-    whole = encode(shared, m.tokenizer, some_pictures(m, rng, 1))
-    cache, length = m.see(whole, sa, room=8), 5  # too little room, it grows
+    whole = encode(shared, m.tokenizer, some_images(m, rng, 1))
+    tree, length = m.prefill([whole], sa, text_capacity=8), 5
     if stop is not None:  # any token will do to stop at
         free, = m.generate([join(whole, encode(own, m.tokenizer, start=whole.end))], sa, max_tokens=5)
         monkeypatch.setattr(VLM, "stop_id", free[stop])
         length = free.index(free[stop])
-    for i, (text, pictures) in enumerate(turns):
-        aside = encode(follow_up.format(IMAGE, "?"), m.tokenizer, some_pictures(m, rng, 1), start=whole.end)
-        m.ask(cache, aside, max_tokens=3)  # is forgotten
-        turn = encode(text, m.tokenizer, some_pictures(m, rng, pictures), start=whole.end)
-        answer = m.ask(cache, turn, keep=True, max_tokens=5)
+    for i, (text, images) in enumerate(turns):
+        aside = encode(follow_up.format(IMAGE, "?"), m.tokenizer, some_images(m, rng, 1), start=whole.end)
+        m.answer(tree, aside, max_tokens=3)  # leaves nothing behind
+        turn = encode(text, m.tokenizer, some_images(m, rng, images), start=whole.end)
+        answer = m.answer(tree, turn, keep=True, max_tokens=5)
         whole = join(whole, turn)
         assert answer == m.generate([whole], sa, max_tokens=5)[0]
         assert i > 0 or len(answer) == length
         closed = [*answer, m.tokenizer.token_to_id("<|im_end|>"), *m.tokenizer.encode("\n").ids]
-        whole = join(whole, Prompt(closed, [whole.end + i for i in range(len(closed))], [], []))
-        assert cache.end == whole.end
+        whole = join(whole, Prompt(closed, [whole.end + i for i in range(len(closed))], [], [], []))
+        assert tree.end == whole.end
     probe = encode("and?", m.tokenizer, start=whole.end)
     one_shot, = logits(m, [join(whole, probe)], sa)
-    assert diff(logits(m, [probe], sa, cache)[0], one_shot[len(whole.ids):]) < CLOSE
+    assert diff(logits(m, [probe], sa, tree)[0], one_shot[len(whole.ids):]) < CLOSE
+
+
+@torch.no_grad()
+def test_long_answers(monkeypatch):
+    """Past the capacity that was reserved, and past a stretch of the decode layout: as without a cache."""
+    monkeypatch.setattr(VLM, "stop_id", -1)
+    m, rng = new(12)
+    p, sa = some_prompt(m, rng, 1), (1, 4)
+    tree = m.new_tree(sa, 1, 1, 1)
+    answer, = m.generate([p], sa, max_tokens=1030, tree=tree)
+    assert len(answer) == 1030
+    tail = Prompt(answer, [p.end + i for i in range(1030)], [], [], [])
+    predicted = logits(m, [join(p, tail)], sa)[0][len(p.ids) - 1:-1]
+    best = predicted.max(-1).values
+    assert diff(predicted[range(1030), answer], best) < CLOSE  # ties may fall either way
 
 
 def tensors(x):
-    """All tensors inside an object, v_pos left out."""
+    """All tensors inside a tree's caches."""
     if isinstance(x, torch.Tensor):
         return [x]
-    x = getattr(x, "__dict__", x)
-    inside = [y for name, y in x.items() if name != "v_pos"] if isinstance(x, dict) else x
-    return [t for y in inside for t in tensors(y)] if isinstance(inside, (list, tuple)) else []
+    inside = x if isinstance(x, (list, tuple)) else vars(x).values() if hasattr(x, "k") else ()
+    return [t for y in inside for t in tensors(y)]
 
 
 @LAYERS
@@ -353,20 +409,24 @@ def test_cache_bytes(ca, sa):
     m, rng = new(7, ca=ca)
     prompts = [some_prompt(m, rng, n) for n in (2, 0, 1)]
     text, vision = max(len(p.ids) for p in prompts) + 9, max(len(p.v_pos) for p in prompts)
-    tokens = sum(text + vision if l in sa else text for l in range(6)) + sum(vision for l in ca if l not in sa)
-    cache = m.new_cache(3, sa, text, vision)
-    m.generate(prompts, sa, max_tokens=9, cache=cache)
-    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors(cache)}
-    assert cache.nbytes == sum(held.values()) == 3 * tokens * 2 * m.config.kv_heads * m.config.head_dim * 4
-    assert 0 < max(cache.n_text) < text  # it was used; the last token of an answer is not run
+    tree = m.new_tree(sa, 3, text, vision)
+    m.generate(prompts, sa, max_tokens=9, tree=tree)
+    cross = [l for l in ca if l not in sa]
+    reserved = -(-text // 256) * 256  # capacities are multiples of 256, and vision's where a layer keeps it too
+    joint = max(reserved + vision, -(-(max(p.end for p in prompts) + 9) // 256) * 256)
+    tokens = sum(joint if l in sa else reserved for l in range(6)) + sum(vision for _ in cross)
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors(tree.root.cache)}
+    assert sum(held.values()) == 3 * tokens * 2 * m.config.kv_heads * m.config.head_dim * 4
+    assert all((images.k is None) == (l not in cross) for l, (_, images) in enumerate(tree.root.cache))
 
 
 def pieces(prompt, cuts):
     """The prompt cut at positions, as prompts."""
     for low, high in itertools.pairwise([0, *sorted(cuts), prompt.end]):
-        ids, pictures = zip(prompt.ids, prompt.t_pos), zip(prompt.pictures, starts(prompt))
+        ids, images = zip(prompt.ids, prompt.t_pos), zip(prompt.images, starts(prompt))
+        v = [(p, i) for p, i in zip(prompt.v_pos, prompt.v_img) if low <= p < high]
         yield Prompt([x for x, p in ids if low <= p < high], [p for p in prompt.t_pos if low <= p < high],
-                     [p for p in prompt.v_pos if low <= p < high], [x for x, p in pictures if low <= p < high])
+                     [p for p, _ in v], [i for _, i in v], [x for x, p in images if low <= p < high])
 
 
 @LAYERS
@@ -376,20 +436,88 @@ def test_piece_by_piece(ca, sa, n):
     m, rng = new(8, ca=ca)
     prompts = [some_prompt(m, rng, images) for images in ((2, 0, 1) if n else (2,))]
     rows = []
-    for p in prompts:  # a picture stays in one piece, because the convolution needs it whole
+    for p in prompts:  # an image stays in one piece, because the convolution needs it whole
         spots = sorted({*p.t_pos, *starts(p)} - {0})
         rows.append(list(pieces(p, rng.sample(spots, n - 1) if n else spots)))
-    assert sum(len(x.pictures) for row in rows for x in row) == sum(len(p.pictures) for p in prompts)
-    cache = m.new_cache(len(prompts), sa, 20, 20)  # it grows
+    assert sum(len(x.images) for row in rows for x in row) == sum(len(p.images) for p in prompts)
+    tree = m.new_tree(sa, len(prompts), 20, 20)  # it grows
     steps = []
     for step in zip(*rows):
-        mark = cache.mark()
         if n:
-            logits(m, prompts[::-1], sa, cache)
-            cache.rewind(mark)  # a detour that leaves no trace
-        steps.append(logits(m, step, sa, cache))
+            segments = len(tree.segments)
+            logits(m, prompts[::-1], sa, tree)
+            tree.truncate(segments)  # a detour that leaves no trace
+        steps.append(logits(m, step, sa, tree))
     for row, whole in zip(zip(*steps), logits(m, prompts, sa)):
         assert diff(torch.cat(row), whole) < CLOSE
+
+
+VIABLE = [(), (1,), (4,), (1, 4), (1, 7), (1, 4, 7), (1, 4, 7, 10)]
+
+
+def test_configurations_share_what_they_can(monkeypatch):
+    """All configurations on one tree: each as alone, bit for bit, and every stretch of layers that several have in
+    common runs once; a second segment too, and after taking one back."""
+    m, rng = new(13, layers=12)
+    prompts = [some_prompt(m, rng, 1) for _ in range(2)]
+    more = [encode("and this?", m.tokenizer, start=p.end) for p in prompts]
+    ran = []
+    real = type(m.language_model).run
+    monkeypatch.setattr(type(m.language_model), "run", lambda self, *args, **kw: (
+        ran.append(args[5] - args[4] if len(args) > 5 else 12), real(self, *args, **kw))[1])
+    prefixes = {(l, tuple(x for x in sa if x <= l)) for sa in VIABLE for l in range(12)}  # layers that differ
+    tree = m.new_tree(VIABLE, 2, 99, 99)
+    found = {sa: logits(m, prompts, sa, tree) if sa == VIABLE[0] else
+             [m.head(h[:len(p.ids)]) for h, p in zip(m.language_model.norm(tree.run(sa)[0]), prompts)] for sa in VIABLE}
+    assert sum(ran) == len(prefixes) < 12 * len(VIABLE)
+    segments, first = len(tree.segments), {}
+    for _ in range(2):
+        ran.clear()
+        m.extend(tree, collate(more))
+        second = {sa: tree.run(sa)[0] for sa in VIABLE[::-1]}
+        assert sum(ran) == len(prefixes)
+        assert all(torch.equal(second[sa], first.get(sa, second[sa])) for sa in VIABLE)
+        first = second
+        tree.truncate(segments)
+    for sa in VIABLE:
+        for a, b in zip(found[sa], logits(m, prompts, sa)):
+            assert diff(a, b) < CLOSE
+        whole = logits(m, [join(p, q) for p, q in zip(prompts, more)], sa)
+        for h, p, q, b in zip(m.language_model.norm(first[sa]), prompts, more, whole):
+            assert diff(m.head(h[:len(q.ids)]), b[len(p.ids):]) < CLOSE
+
+
+# --- layout ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(6))
+def test_masks_only_where_needed(seed, monkeypatch):
+    """No attention has a mask and grouped heads in one call; a question after its images needs none in
+    cross-attention."""
+    m, rng = new(seed, heads=4, kv_heads=rng_heads(seed))
+    calls, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        calls.append((attn_mask is not None, enable_gqa or q.shape[1] != k.shape[1]))
+        return real(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    p = some_prompt(m, rng, 2)
+    m.generate([p, some_prompt(m, rng, 1)], (1, 4), max_tokens=3)
+    assert calls and not any(mask and grouped for mask, grouped in calls)
+    tree = m.prefill([p], (1,))
+    q = collate([encode("what?", m.tokenizer, start=p.end)])
+    assert make_layout(*q.positions, tree.past, m.config, m.device).cross.mask is None
+
+
+def rng_heads(seed):
+    return (1, 2, 4)[seed % 3]
+
+
+def test_layout_of_no_past_needs_no_mask_in_self_attention():
+    m, rng = new(14)
+    layout = m.layout(collate([some_prompt(m, rng, 1), some_prompt(m, rng, 2)]))
+    assert layout.joint.mask is None and layout.text.mask is None and layout.joint_text_queries.mask is not None
+    after = make_layout(*collate([some_prompt(m, rng, 0)]).positions, Past.empty(1), m.config, m.device)
+    assert after.cross is None and after.joint_text_queries is after.joint
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Small models and pictures for the tests."""
+"""Small models and images for the tests."""
 import numpy as np
 import torch
 from PIL import Image

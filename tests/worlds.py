@@ -1,4 +1,4 @@
-"""A small world of training data on the disk: pictures, conversations of every kind, and a model to train on them."""
+"""A small set of training data on the disk: images, and conversations of every kind about them."""
 import json
 
 import numpy as np
@@ -9,19 +9,19 @@ ANSWERS = "yes no red blue three".split()
 
 
 def write(directory, n=24, seed=0):
-    """data.json with n samples: text alone, one picture, several, one and several turns. Returns its path."""
+    """data.json with n samples: text alone, one image, several, one and several turns. Returns its path."""
     rng, samples = np.random.default_rng(seed), []
     for k in range(5):
         tiny.image(int(rng.integers(20, 120)), int(rng.integers(20, 120)), k).save(directory / f"{k}.png")
     for i in range(n):
         names = [f"{k}.png" for k in rng.permutation(5)[:(0, 1, 1, 2, 3)[i % 5]]]
-        said = []
-        for turn in range(1 + i % 3):
-            marks = "<image>\n" * (len(names) if turn == 0 else 0)
-            said += [{"from": "human", "value": marks + f"question {rng.integers(99)}, number {turn}?"},
-                     {"from": "gpt", "value": str(rng.choice(ANSWERS))}]
+        turns = []
+        for k in range(1 + i % 3):
+            placeholders = "<image>\n" * (len(names) if k == 0 else 0)
+            turns += [{"from": "human", "value": placeholders + f"question {rng.integers(99)}, number {k}?"},
+                      {"from": "gpt", "value": str(rng.choice(ANSWERS))}]
         image = {} if not names else {"image": names[0] if len(names) == 1 and i % 2 else names}
-        samples.append({"id": i, **image, "conversations": said})
+        samples.append({"id": i, **image, "conversations": turns})
     path = directory / "data.json"
     path.write_text(json.dumps(samples, indent=1))
     return path

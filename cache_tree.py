@@ -1,0 +1,105 @@
+"""What several questions, or several configurations, share is computed once: a KV cache that is a small tree.
+
+Used by VLM.prefill and VLM.answer (encode once, ask many), by generation with a router, and by router.evaluate, which
+asks the same questions in every configuration.
+"""
+from typing import NamedTuple
+
+from config import branch_layers
+from layers import KV, LayerCache, Past, TokenLayout, make_layout
+
+
+class Segment(NamedTuple):
+    """Tokens that came in together: a prompt, or the images and then each question, each answer."""
+    positions: tuple       # t_pos (B, Nt), v_pos and v_img (B, Nv) in numpy
+    past: Past             # what the cache held before them
+    layout: TokenLayout
+
+
+class Node:
+    """A stretch of layers that all configurations of a group run alike: its caches, and what left its last layer."""
+
+    def __init__(self, group, start, cache, c, capacity):
+        self.group = group
+        self.start, self.stop = start, min(branch_layers(group), default=c.layers)
+        # They agree on these layers; the one that reads vision longest also refines it for the others
+        self.sa = max(group, key=lambda sa: c.vision_readers(sa)[1])
+        text, vision = capacity  # text is kept everywhere, vision only where it is read
+        self.cache = cache + [LayerCache(KV(text + vision * (l in self.sa)), KV(vision))
+                              for l in range(start, self.stop)]  # one for every layer before `stop`
+        self.outputs = []      # (t, v) of each segment as they enter layer `stop`
+        self.children = {}     # whether layer `stop` is a self-attention layer -> Node
+
+
+class CacheTree:
+    """The KV cache of a batch in several configurations: a tree, as a layer's keys depend only on the self-attention
+    layers before it.
+
+    Below the first layer in which the configurations differ all share the root; each other node is made when a
+    configuration is first asked for, and goes on from what its parent kept. Segments that are taken back
+    (truncate) need no clearing: their cache positions are written again.
+    """
+
+    def __init__(self, language_model, configurations, batch, capacity):
+        """configurations: those that may be asked for. capacity: text and visual tokens of a sample to reserve."""
+        self.language_model, self.configurations, self.capacity = language_model, configurations, capacity
+        self.root = Node(configurations, 0, [], language_model.config, capacity)
+        self.segments, self.past = [], Past.empty(batch)
+
+    def extend(self, t, v, positions):
+        """Adds a segment, and runs it through the layers that all configurations share.
+        t (B, Nt, d), v (B, Nv, d) as they enter layer 0; positions: t_pos, v_pos, v_img."""
+        layout = make_layout(*positions, self.past, self.language_model.config, t.device)
+        self.segments.append(Segment(positions, self.past, layout))
+        self.past = self.past.extend(*positions[:2])
+        self.run_node(self.root, t, v, layout)
+
+    def run_node(self, node, t, v, layout):
+        """Takes a segment through the layers of a node."""
+        node.outputs.append(self.language_model.run(t, v, layout, node.sa, node.start, node.stop, node.cache))
+
+    def run(self, sa):
+        """Runs all layers in configuration sa, as far as another one has not done it already.
+        Returns t (B, Nt, d) of the newest segment after the last layer, and the cache of every layer."""
+        if tuple(sa) not in map(tuple, self.configurations):
+            raise ValueError(f"configuration {tuple(sa)} is not one of those that this cache was made for")
+        node, c = self.root, self.language_model.config
+        while node.stop < c.layers:
+            side = node.stop in sa
+            if side not in node.children:
+                group = [own for own in node.group if (node.stop in own) == side]
+                node.children[side] = Node(group, node.stop, node.cache, c, self.capacity)
+            parent, node = node, node.children[side]
+            for i in range(len(node.outputs), len(self.segments)):    # what has come in since this node last ran
+                self.run_node(node, *parent.outputs[i], self.segments[i].layout)
+        t, _ = node.outputs[-1]
+        node.outputs = [None] * (len(node.outputs) - 1) + [(t, None)]  # no node goes on from here: v is not kept
+        return t, node.cache
+
+    def truncate(self, n):
+        """Takes all segments after the first n back."""
+        if n < len(self.segments):
+            self.past = self.segments[n].past
+            del self.segments[n:]
+        nodes = [self.root]
+        while nodes:
+            node = nodes.pop()
+            del node.outputs[n:]
+            nodes += node.children.values()
+
+    def select(self, rows):
+        """A tree for some samples of the batch, with copies of what all configurations share."""
+        new = CacheTree(self.language_model, self.configurations, len(rows), self.capacity)
+        for positions, *_ in self.segments:
+            positions = tuple(x[rows] for x in positions)
+            layout = make_layout(*positions, new.past, self.language_model.config, self.root.outputs[0][0].device)
+            new.segments.append(Segment(positions, new.past, layout))
+            new.past = new.past.extend(*positions[:2])
+        new.root.outputs = [(t[rows], v[rows]) for t, v in self.root.outputs]
+        new.root.cache = [LayerCache(*(kv.select(rows) for kv in layer)) for layer in self.root.cache]
+        return new
+
+    @property
+    def end(self):
+        """The position that follows the first sample's last token."""
+        return int(self.past.text[0] + self.past.vision[0])

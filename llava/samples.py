@@ -1,0 +1,255 @@
+"""What a sample of a training file becomes: a prompt of two streams with labels, or the SampleError that it has.
+
+Follows LLaVA-NeXT's llava/train/train.py (preprocess_multimodal for placeholders, preprocess_qwen for labels); what
+differs is said at the function that differs. Also here: the order of samples in training, and the questions of a
+training file that router.py evaluates.
+"""
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import data
+from data import IMAGE, SampleError
+from llava.index import JsonIndex
+from llava.mixtures import read_mixture, subsample
+
+KINDS = ("malformed line", "turns", "empty answer", "placeholders", "video", "missing image", "broken image",
+         "oversized image", "too long")  # of SampleErrors, in the order of reports
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class Sample(NamedTuple):
+    prompt: data.Prompt
+    labels: list   # of each text token: its id where it is a target, else -1
+    subset: str    # the file that it comes from, without folder and suffix
+
+
+class Samples:
+    """A training file or a mixture as labelled prompts: samples[i] is a Sample, or the SampleError that it has.
+
+    Indices go through the mixture's files in order. images: the directory that image paths start from (default: that
+    of each file). rule: "assistant", answers and the <|im_end|> after each are targets, or "llava", see
+    `label_markers`. max_tokens: of text and vision together; longer samples are re-tiled with fewer tiles, and those
+    still too long are rejected. seed: of random sampling strategies. Raises ValueError.
+    """
+
+    def __init__(self, path, images, tokenizer, config, rule="assistant", max_tokens=None, seed=0):
+        self.images, self.tokenizer, self.config = images, tokenizer, config
+        self.rule, self.max_tokens = rule, max_tokens
+        self.files = []  # (JsonIndex, the indices that are used of it)
+        for i, (file, strategy) in enumerate(read_mixture(path)):
+            index = JsonIndex(file)
+            self.files.append((index, subsample(len(index), strategy, np.random.default_rng((seed, i)))))
+        self.ends = np.cumsum([len(used) for _, used in self.files])  # of each file: 1 + the index of its last sample
+        if not len(self):
+            raise ValueError(f"{path}: holds no samples")
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def find(self, i):
+        """(JsonIndex, index in it) of sample i."""
+        k = int(np.searchsorted(self.ends, i, side="right"))
+        index, used = self.files[k]
+        return index, int(used[i - int(self.ends[k])])  # negative: it counts from the file's end
+
+    def where(self, i):
+        """The place of sample i, for people."""
+        index, k = self.find(i)
+        return f"{index.path}, sample {k}"
+
+    def raw(self, i):
+        """(system text, [user, assistant, ...] turns, RGB images or None for text alone). Raises SampleError."""
+        index, k = self.find(i)
+        system, turns, names = conversation(index[k])
+        folder = Path(self.images or index.path.parent)
+        return system, turns, [data.load_image(folder / name) for name in names] if names else None
+
+    def __getitem__(self, i):
+        try:
+            return self.sample(i)
+        except SampleError as error:
+            return error
+        except Exception as e:  # whatever a file holds, one sample does not end a training
+            return SampleError("malformed line", f"{type(e).__name__}: {e}")
+
+    def sample(self, i):
+        """Sample i. Raises SampleError, or nearly anything where a file holds nonsense."""
+        system, turns, images = self.raw(i)
+        single_image = images is not None and len(images) == 1
+        pieces = data.turns_to_learn(turns, system) if self.rule == "assistant" else whole_turns(turns, system)
+        for max_tiles in self.tile_limits(images):
+            # First without pixels, as the length follows from the sizes alone
+            tilings = [data.tiling(*image.size, self.config, single_image, max_tiles) for image in images or ()]
+            unread = None if images is None else [data.ProcessedImage(None, tiling) for tiling in tilings]
+            prompt, labels = data.labelled(pieces, self.tokenizer, unread)
+            if self.max_tokens is None or prompt.end <= self.max_tokens:
+                break
+        else:
+            raise SampleError("too long", f"{prompt.end} tokens, at the least, are more than --max-tokens "
+                              f"{self.max_tokens}")
+        processed = [data.process_image(image, self.config, single_image, max_tiles) for image in images or ()]
+        if self.rule == "llava":
+            labels = label_markers(prompt.ids, labels, self.tokenizer)
+        return Sample(prompt._replace(images=processed), labels, self.find(i)[0].path.stem)
+
+    def tile_limits(self, images):
+        """How many tiles the grid of a single image may have, in the order to be tried: None (all), then fewer."""
+        if images is None or len(images) != 1:  # of several images, each is one tile already
+            return [None]
+        rows, columns = data.tiling(*images[0].size, self.config).grid
+        fewer = {w * h for w, h in self.config.pinpoints if w * h < rows * columns}
+        return [None, *sorted(fewer, reverse=True)]
+
+
+# --- conversations --------------------------------------------------------------------------------------------------
+
+def conversation(sample):
+    """(system text, turns, names of images) of a sample's dict, with placeholders where LLaVA puts them.
+
+    Turns alternate user, assistant. An answer before the first question is dropped. Raises SampleError.
+    """
+    if sample.get("video"):
+        raise SampleError("video", "a film, which this model does not take")
+    names = _image_names(sample)
+    system, turns = _turns(sample)
+    if names:
+        turns = [_placeholder_first(text) for text in turns]
+        n = sum(text.count(IMAGE) for text in turns)
+        if n != len(names):
+            raise SampleError("placeholders", f"{n} {IMAGE} in the text for {len(names)} images")
+    return system, turns, names
+
+
+def _image_names(sample):
+    """The list of a sample's image paths, empty for text alone. Raises SampleError."""
+    names = sample.get("image") or []
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SampleError("malformed line", "image is neither a path nor a list of paths")
+    return names
+
+
+def _turns(sample):
+    """(system text, [user, assistant, ...]) of a sample's dict, in LLaVA's or OpenAI's keys. Raises SampleError."""
+    entries = sample.get("conversations")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SampleError("malformed line", "conversations is not a list of turns")
+    system, roles, turns = data.SYSTEM, [], []
+    for entry in entries:
+        role = ROLES.get(entry.get("from", entry.get("role")))
+        text = entry.get("value", entry.get("content"))
+        if role is None or not isinstance(text, str):
+            raise SampleError("malformed line", "a turn without from and value, or role and content")
+        if role == "system":
+            system = text
+        elif turns or role == "user":  # an answer to nothing is dropped
+            roles.append(role)
+            turns.append(text)
+    if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
+        raise SampleError("turns", "turns are not question, answer, question, answer")
+    if not all(answer.strip() for answer in turns[1::2]):
+        raise SampleError("empty answer", "an answer is empty")
+    return system, turns
+
+
+def _placeholder_first(text):
+    """A turn's only <image> moves to its front (LLaVA-NeXT, preprocess_multimodal); several stay where they are."""
+    if text.count(IMAGE) != 1 or text.startswith(IMAGE):
+        return text
+    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
+
+
+def whole_turns(turns, system):
+    """Pieces for data.labelled under LLaVA's rule: an assistant's turn is a target as a whole, from its <|im_start|>
+    to the newline after its <|im_end|>."""
+    roles = ["system", *("user", "assistant") * (len(turns) // 2)]
+    return [(f"<|im_start|>{role}\n{text}<|im_end|>\n", role == "assistant")
+            for role, text in zip(roles, [system, *turns])]
+
+
+def label_markers(ids, labels, tokenizer):
+    """The labels of `whole_turns` with every newline and turn marker a target too, those of questions included.
+
+    Thus LLaVA-NeXT's preprocess_qwen does it. ids, labels: lists of the same length.
+    """
+    markers = {tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>"),
+               *tokenizer.encode("\n", add_special_tokens=False).ids}
+    return [token if token in markers else label for token, label in zip(ids, labels)]
+
+
+# --- the order of training ------------------------------------------------------------------------------------------
+
+def step_indices(n, batch_size, seed, step):
+    """The batch_size sample indices of an optimisation step, of n samples. Deterministic: they depend only on the
+    arguments, and each epoch holds every sample once, in an order of its own."""
+    return [int(epoch_order(n, seed, i // n)[i % n]) for i in range(step * batch_size, (step + 1) * batch_size)]
+
+
+@lru_cache(maxsize=2)  # a step may lie across two epochs
+def epoch_order(n, seed, epoch):
+    """The permutation of n samples, (n,) int, that is an epoch's order."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+# --- the router's questions -----------------------------------------------------------------------------------------
+
+class EvalQuestions:
+    """The questions of a mixture that router.py evaluates: [(PIL image, [(subset, question, answer)])], lazily read.
+
+    The first questions about single images, up to `per_file` of each file, drawn by seed. Samples that cannot be used
+    are passed over, and counted on stderr. Raises ValueError when no question is left.
+    """
+
+    def __init__(self, samples, per_file, seed=0):
+        self.samples, self.indices, self.errors = samples, [], {}
+        first = 0  # index of the file's first sample
+        for i, end in enumerate(samples.ends.tolist()):
+            wanted = per_file
+            for k in np.random.default_rng((seed, i)).permutation(end - first).tolist():
+                if wanted and self._question(first + k):
+                    self.indices.append(first + k)
+                    wanted -= 1
+            first = end
+        note = next((f"{len(self.errors)} samples cannot be used, as {x}" for x in self.errors.values()), "")
+        if not self.indices:
+            raise ValueError("no question about a single image in the training file" + (note and f"; {note}"))
+        if note:
+            print(note, file=sys.stderr)
+        self.paths = {samples.find(i)[0].path for i in self.indices}
+
+    def _question(self, i):
+        """(image, question, answer) of sample i, or None where it is not about one image."""
+        try:
+            _, turns, images = self.samples.raw(i)
+        except SampleError as error:
+            self.errors[i] = f"{self.samples.where(i)}: {error}"
+            return None
+        question = turns[0].removeprefix(IMAGE).strip()
+        return (images[0], question, turns[1]) if images and len(images) == 1 and question else None
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        """(PIL image, [(subset, question, answer)]); IndexError past the end, which ends a loop over it."""
+        image, question, answer = self._question(self.indices[i])
+        return image, [(self._subset(self.indices[i]), question, answer)]
+
+    def _subset(self, i):
+        """The name of sample i's file, or its path where two files have the same name."""
+        path = self.samples.find(i)[0].path
+        unique = len({p.stem for p in self.paths}) == len(self.paths)
+        return path.stem if unique else str(path.with_suffix(""))
+
+    def reference_prompt(self):
+        """({"all": subsets}, text tokens, (width, height) of the image) of the first question, by which router.Report
+        counts savings."""
+        image, [(_, question, _)] = self[0]
+        tokens = self.samples.tokenizer.encode(data.chatml([question]), add_special_tokens=False).ids
+        subsets = dict.fromkeys(map(self._subset, self.indices))  # without repetition, in order
+        return {"all": list(subsets)}, len(tokens), image.size

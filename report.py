@@ -1,0 +1,199 @@
+"""What the configurations of a model can do and what they save, by task: a table for the terminal, JSON, plots.
+
+Made from the results of router.evaluate (paper: Tables 1 and 5, figures 6 to 10). Drawing needs matplotlib, nothing
+else does.
+"""
+import json
+from collections import Counter
+
+import numpy as np
+
+import data
+from cli import atomic
+from flops import connector_flops, llm_flops, router_flops, sa_name, tower_flops
+
+
+class Report:
+    """Rows of accuracy and saving, by task and by group of tasks: one for a configuration, a router or an oracle.
+
+    Savings are operations of the dense model, without packing, over the mean of those that ran: "saving" of the
+    language model's prefill, router included, "end_to_end" with the encoder too. "mean_saving" is the mean of the
+    tasks' own savings, larger wherever they differ.
+    """
+
+    def __init__(self, config, groups, text, image_size):
+        """groups: {"detail": [tasks], ...}; text, image_size: tokens and (width, height) of a usual prompt, image."""
+        self.config, self.groups, self.text_tokens = config, groups, text
+        self.rows, self.labels = [], {}  # labels: the pseudo-label of each task, number in config.viable
+        plain = config.unpacked()
+        self.tiling, dense_tiling = data.tiling(*image_size, config), data.tiling(*image_size, plain)
+        everything = tuple(range(config.layers))
+        self.dense = llm_flops(plain, everything, text, dense_tiling.tokens)
+        self.dense_encoder = tower_flops(plain, dense_tiling.tiles) + connector_flops(plain, dense_tiling.tiles)
+        self.encoder = tower_flops(config, self.tiling.tiles) + connector_flops(config, self.tiling.tiles)
+        self.cost = {sa: llm_flops(config, sa, text, self.tiling.tokens) for sa in config.viable}
+        self.cost[everything] = self.dense
+
+    def router_flops(self):
+        """Operations of the routing token behind a usual prompt."""
+        return router_flops(self.config, self.text_tokens, self.tiling.tokens)
+
+    def add(self, label, sa, results, configurations, choice, extra=0):
+        """A row: what happens if result r is answered in configuration number choice(r).
+
+        sa: the configuration, or None where it differs; extra: operations besides it, such as the router's.
+        """
+        tasks = {}
+        for r in results:
+            i = choice(r)
+            tasks.setdefault(r["task"], []).append((configurations[i], r["correct"][i]))
+        accuracy = {t: float(np.mean([ok for _, ok in x])) for t, x in tasks.items()}
+        encoder = self.dense_encoder if label == "dense" else self.encoder
+
+        def account(names):
+            """Of some tasks, each with the same weight: mean layers, savings, shares of the configurations."""
+            shares = Counter()
+            for t in names:
+                for own, _ in tasks[t]:
+                    shares[own] += 1 / len(tasks[t]) / len(names)
+            cost = extra + sum(self.cost[own] * share for own, share in shares.items())
+            return {"layers": sum(len(own) * share for own, share in shares.items()),
+                    "saving": self.dense / cost,
+                    "end_to_end": (self.dense + self.dense_encoder) / (cost + encoder),
+                    "shares": {sa_name(self.config, own): share for own, share in sorted(shares.items())}}
+
+        by_task = {t: account([t]) for t in tasks}
+        self.rows.append({
+            "name": label, "sa": None if sa is None else list(sa), "tasks": accuracy,
+            "questions": {t: len(x) for t, x in tasks.items()},
+            **{group: float(np.mean([accuracy[t] for t in names])) for group, names in self.groups.items()},
+            **account(list(tasks)), "mean_saving": float(np.mean([x["saving"] for x in by_task.values()])),
+            "by_task": by_task, "by_group": {group: account(names) for group, names in self.groups.items()}})
+
+    # --- for the terminal ---
+
+    def text(self):
+        """The table: a line for each task, a column for each row."""
+        lines = [["layers", *(row["name"].replace("dense", "all") for row in self.rows)],
+                 ["saving", *(f"{row['saving']:.2f}x" for row in self.rows)]]
+        for group, tasks in self.groups.items():
+            lines += [[]] + [[task, *(f"{row['tasks'][task]:.3f}" for row in self.rows)] for task in tasks]
+            lines.append([group.upper(), *(f"{row[group]:.3f}" for row in self.rows)])
+        return columns(lines)
+
+    def routes(self):
+        """What the router did with each task: layers, savings, configurations in %, * that of its pseudo-label."""
+        row = next(r for r in self.rows if r["name"] == "router")
+        names = [sa_name(self.config, sa) for sa in self.config.viable]
+        lines = [["routed to, %", "layers", "LLM", "in all", *names]]
+        for group, tasks in self.groups.items():
+            for label, x in [*((t, row["by_task"][t]) for t in tasks), (group.upper(), row["by_group"][group])]:
+                shares = [f"{100 * x['shares'][n]:.0f}" if n in x["shares"] else "." for n in names]
+                if label in self.labels:
+                    shares[self.labels[label]] += "*"
+                lines.append([label, f"{x['layers']:.2f}", f"{x['saving']:.2f}x", f"{x['end_to_end']:.2f}x", *shares])
+        return columns(lines) + "\n* the pseudo-label of these questions"
+
+    # --- files ---
+
+    def save(self, path):
+        with atomic(path) as beside:
+            beside.write_text(json.dumps({"groups": self.groups, "rows": self.rows}, indent=1) + "\n")
+
+    def draw(self, path):
+        """A PNG of two panels, accuracy against saving and accuracy by task; where there is a router a third, what it
+        chose. Raises ImportError without matplotlib."""
+        plt = pyplot()
+        routed = [r for r in self.rows if r["sa"] is None]
+        panels = 3 if routed else 2
+        figure, axes = plt.subplots(1, panels, figsize=(19 if routed else 13, 5), constrained_layout=True,
+                                    width_ratios=(1, 1.35, 1)[:panels])
+        self.draw_savings(axes[0])
+        tasks = [task for names in self.groups.values() for task in names]
+        values = np.array([[r["tasks"][t] for t in tasks] for r in self.rows])
+        heat_map(axes[1], values, [r["name"] for r in self.rows], tasks)
+        borders = np.cumsum([len(names) for names in self.groups.values()])[:-1]
+        for x in borders:
+            axes[1].axvline(x - 0.5, color="white", linewidth=3)
+        axes[1].set_title("accuracy by self-attention layers (rows) and task: " + " | ".join(self.groups))
+        if routed:
+            self.draw_routes(axes[2], routed[0], tasks, plt.cm.viridis)
+        figure.savefig(path, dpi=90)
+        plt.close(figure)
+
+    def draw_savings(self, axes):
+        """Accuracy against saving: a point for each configuration and group, stars for the router."""
+        routed = [r for r in self.rows if r["sa"] is None]
+        fixed = [r for r in self.rows if r["sa"] is not None]
+        for group, colour in zip(self.groups, ("tab:green", "tab:blue", "tab:red", "tab:purple")):
+            x, y = [r["saving"] for r in fixed], [r[group] for r in fixed]
+            axes.plot(x, y, "o", color=colour, label=group)
+            axes.plot(*frontier(x, y), color=colour, alpha=0.4)
+            for r, marker in zip(routed, "*P"):
+                axes.plot(r["by_group"][group]["saving"], r[group], marker, color=colour, markersize=14,
+                          markeredgecolor="black", label=f"{group}, {r['name']}")
+        for r in fixed:
+            axes.annotate(r["name"], (r["saving"], r[list(self.groups)[-1]]), xytext=(6, -4), fontsize=8,
+                          textcoords="offset points")
+        axes.set(xlabel="times fewer operations in the language model than dense", ylabel="accuracy", ylim=(0, 1.05),
+                 title="what each configuration costs and can do")
+        axes.set_xlim(left=0.5, right=1.15 * max(r["saving"] for r in self.rows))
+        axes.legend(loc="lower left", fontsize=8)
+
+    def draw_routes(self, axes, row, tasks, colours):
+        """Bars: the share of each task's questions that went to each configuration."""
+        start = np.zeros(len(tasks))
+        for k, sa in enumerate(self.config.viable):
+            label = sa_name(self.config, sa)
+            share = np.array([row["by_task"][t]["shares"].get(label, 0) for t in tasks])
+            axes.barh(range(len(tasks)), share, left=start, label=label,
+                      color=colours(k / max(1, len(self.config.viable) - 1)))
+            start += share
+        axes.set_yticks(range(len(tasks)), tasks)
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 1), xlabel="share of questions", title="what the router chose")
+        axes.legend(fontsize=8, loc="lower center", ncols=len(self.config.viable), bbox_to_anchor=(0.5, -0.25))
+
+
+def columns(lines, first=14, width=80):
+    """Lines of cells as text: the first left, the others right-aligned; what does not fit goes into a block below."""
+    cell = max(6, *(len(x) + 1 for line in lines for x in line[1:]))
+    n = (width - first) // cell  # columns of a block
+    blocks = []
+    for i in range(1, max(map(len, lines)), n):
+        rows = ["".join([f"{line[0]:<{first}}", *(f"{x:>{cell}}" for x in line[i:i + n])]) if line else ""
+                for line in lines]
+        blocks.append("\n".join(rows))
+    return "\n\n".join(blocks)
+
+
+def frontier(x, y):
+    """The points that none with at least as much x beats in y, as two lists in the order of x."""
+    best = sorted((a, b) for a, b in zip(x, y) if not any(c >= a and d > b for c, d in zip(x, y)))
+    return [a for a, _ in best], [b for _, b in best]
+
+
+def pyplot():
+    """matplotlib.pyplot that draws into files. Raises ImportError."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt
+
+
+def heat_map(axes, values, rows, columns):
+    """A heat map of values (rows, columns) from 0 to 1, with the numbers in it."""
+    axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for i, j in np.ndindex(*values.shape):
+        axes.text(j, i, f"{values[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=9,
+                  color="black" if values[i, j] > 0.6 else "white")
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+
+
+def draw_heat_map(path, values, rows, columns, title):
+    """A PNG of a heat map alone."""
+    figure, axes = pyplot().subplots(figsize=(9, 1 + 0.4 * len(rows)), constrained_layout=True)
+    heat_map(axes, values, rows, columns)
+    axes.set_title(title)
+    figure.savefig(path, dpi=90)

@@ -1,0 +1,220 @@
+"""What only the miniature's training has: Muon, batches, drawing of configurations, and stage 0's losses."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from model import VLM
+from toy import training, world
+from toy.muon import Muon, orthogonalise
+from toy.training import ToyBatches
+
+
+def fresh(seed=0):
+    """A dense miniature that has learned nothing."""
+    torch.manual_seed(seed)
+    return training.init_weights(VLM(world.config()))
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return fresh().requires_grad_(False)
+
+
+def newton_schulz(g):
+    """With plain matrices, in float64."""
+    x = (g if g.shape[0] <= g.shape[1] else g.T).double()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x if g.shape[0] <= g.shape[1] else x.T
+
+
+def test_muon_is_momentum_orthogonalised():
+    torch.manual_seed(1)
+    shapes = [(64, 64), (32, 64), (64, 32), (64, 64)]
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    wanted, momentum = [p.detach().double().clone() for p in ours], [torch.zeros(s).double() for s in shapes]
+    opt = Muon(ours, lr=0.01)
+    for _ in range(3):
+        for i, p in enumerate(ours):
+            p.grad = torch.randn_like(p)
+            momentum[i] = 0.95 * momentum[i] + p.grad
+            update = newton_schulz(p.grad + 0.95 * momentum[i])
+            wanted[i] -= 0.01 * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update
+        opt.step()
+    for p, w in zip(ours, wanted):
+        assert torch.allclose(p, w.float(), atol=2e-4)
+        s = torch.linalg.svdvals(orthogonalise(p.grad[None])[0])  # all directions move by about the same
+        assert (s > 0.5).float().mean() > 0.9 and s.max() < 1.3
+
+
+def test_muon_trains_the_matrices_of_what_trains():
+    model = fresh().add_cross_attention(world.CA, world.SA, world.VIABLE).add_router()
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    names = training.matrices_of(model)
+    assert all(len(shapes[n]) == 2 for n in names) and len(names) == 2 * 6 + 2 + 12 * 7 + 4 * 4
+    assert not [n for n in names if "embed" in n or "router" in n or "norm" in n]
+    model.requires_grad_(False)
+    model.language_model.cross.requires_grad_(True)
+    assert training.matrices_of(model) == [n for n in names if ".cross." in n]
+
+
+def test_configurations_are_drawn_from_the_viable_ones_and_the_ends_more_often():
+    drawn = [training.sample_configuration(world.VIABLE, 0, step, 2000) for step in range(8000)]
+    assert set(drawn[:2000]) == {(), (4, 7, 10)} and drawn[:2000].count(()) / 2000 == pytest.approx(1 / 4, abs=0.03)
+    late = drawn[2000:]
+    for sa in world.VIABLE:
+        assert late.count(sa) / 6000 == pytest.approx({(): 2, (4, 7, 10): 3}.get(sa, 1) / 9, abs=0.02)
+    assert {training.sample_configuration([(4, 7)], 0, step, 5) for step in range(9)} == {(4, 7)}
+
+
+def test_each_stage_trains_its_configurations(dense):
+    assert {ToyBatches(dense, 0, 3, stage=0).configuration(step) for step in range(9)} == {tuple(range(12))}
+    model = fresh().add_cross_attention(world.CA, world.SA, world.VIABLE)
+    batches = ToyBatches(model, 5, 3, largest_first=0.25, steps=40, stage=2)
+    assert [batches.configuration(step) for step in range(40)] == [
+        training.sample_configuration(world.VIABLE, 5, step, 10) for step in range(40)]
+    with pytest.raises(ValueError, match="stage 0"):
+        ToyBatches(model, 0, 3, auxiliary_weight=1.0)
+
+
+def test_recipes_are_consistent():
+    for recipe in training.RECIPES.values():
+        assert recipe["batch_size"] and recipe["warmup"] < recipe["steps"] and 0 < recipe["decay_start"] < 1
+    assert training.RECIPES[0]["drop_vision_from"] < training.RECIPES[0]["steps"]
+
+
+def test_weights_follow_from_the_seed_and_every_part_has_a_gradient():
+    a, b, other = fresh(0), fresh(0), fresh(1)
+    for (name, p), q, r in zip(a.named_parameters(), b.parameters(), other.parameters()):
+        assert torch.equal(p, q), name
+        assert p.ndim < 2 or not torch.equal(p, r), name
+    loss, = (batches := ToyBatches(a, 0, 2, 2, stage=0)).losses(batches[0], batches.configuration(0), 0)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in a.parameters())
+
+
+def test_batches_follow_from_seed_and_number_alone(dense):
+    a, b = ToyBatches(dense, 0, 3)[7], ToyBatches(dense, 0, 3)[7]
+    assert np.array_equal(a[0].ids, b[0].ids) and np.array_equal(a[1], b[1])
+    assert not np.array_equal(a[0].ids, ToyBatches(dense, 1, 3)[7][0].ids)
+    assert (a[1] >= 0).any(1).all()
+    batch, labels, quilts = a
+    assert labels.shape == batch.ids.shape and len(quilts) == 3
+    assert ((labels == -1) | (labels == batch.ids)).all()
+    targets = [data.target_mask(labels[i:i + 1], batch.t_pos[i:i + 1]).sum() for i in range(3)]
+    assert targets == [20, 30, 20]  # 10 answers, each closed by a token; 30 of a caption
+
+
+def test_a_stage_goes_on_where_it_was_and_repeats_no_other(dense):
+    first, again = (list(itertools.islice(ToyBatches(dense, 0, 2, 1, stage=1).batches(n), 3)) for n in (0, 2))
+    assert np.array_equal(first[2][0].ids, again[0][0].ids)
+    images = {x[0].images[0][0].pixels.tobytes() for stage in (0, 1, 2)
+              for x in itertools.islice(ToyBatches(dense, 0, 2, 1, stage=stage).batches(0), 3)}
+    assert len(images) == 9
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+def test_without_auxiliary_loss_it_is_the_mean_over_the_targets(dense):
+    batches = ToyBatches(dense, 0, 3, 4, stage=0)
+    batch, labels, _ = item = batches[0]
+    for sa in (tuple(range(12)), (1, 4), ()):
+        h = dense(batch, sa)
+        wanted = [-dense.head(h[b, i - 1]).log_softmax(-1)[labels[b, i]]
+                  for b, i in zip(*np.nonzero(labels >= 0))]
+        loss, = batches.losses(item, sa, 0)
+        assert torch.allclose(loss, torch.stack(wanted).mean(), rtol=1e-5)
+
+
+def test_auxiliary_loss_is_a_sigmoid_for_each_word(dense):
+    batches = ToyBatches(dense, 0, 2)
+    _, _, quilts = batches[1]
+    truth = torch.from_numpy(np.maximum(batches.word_targets(quilts, 0), batches.word_targets(quilts, 2)))
+    v = torch.randn(2, 40, 64)
+    plain, true = 0.0, 0
+    names = dense.tokenizer.get_vocab()
+    for b, quilt in enumerate(quilts):
+        for place, words in enumerate(zip(world.words(quilt, 0), world.words(quilt, 2))):
+            words = words[0] + words[1]
+            p = (dense.head(dense.language_model.norm(v[b, place])) - 4).sigmoid().double()
+            said = torch.tensor([word in words for word in names])
+            p = p[list(names.values())]
+            plain -= torch.where(said, p, 1 - p).clamp_min(1e-30).log().sum()
+            true += int(said.sum())
+    assert torch.allclose(training.auxiliary_loss(dense, v, truth).double(), plain / true, rtol=1e-3)
+
+
+def test_dropped_vision(dense):
+    """In frozen layers text looks at vision, which stays as it is; in text-only layers it does not look at it."""
+    batches = ToyBatches(dense, 0, 2, 2, stage=0)
+    batch, _, _ = batches[0]
+    t, v = dense.embed(batch)
+    layout = dense.layout(batch)
+    lm, every = dense.language_model, tuple(range(12))
+
+    whole = batches.run_dense(t, v, layout, (), ())
+    assert torch.equal(whole[-1][0], lm.run(t, v, layout, every, 0, 12)[0])
+    frozen, text_only = (0, 5), (2, 3)
+    after = batches.run_dense(t, v, layout, text_only, frozen)
+    streams = [(t, v), *after]
+    for l, ((t0, v0), (t1, v1)) in enumerate(zip(streams, after)):
+        assert torch.equal(v0, v1) == (l in (*frozen, *text_only, 11)), l  # nobody reads what the last makes of it
+        refined, _ = lm.run(t0, v0, layout, every, l, l + 1)
+        alone, _ = lm.run(t0, torch.randn_like(v0), layout, (), l, l + 1)
+        if l in text_only:
+            assert torch.equal(t1, alone) and not torch.allclose(t1, refined, atol=1e-3), l
+        else:
+            assert torch.allclose(t1, refined, atol=1e-5) and not torch.allclose(t1, alone, atol=1e-3), l
+
+
+def test_visual_states_do_not_depend_on_the_questions(dense):
+    batches = ToyBatches(dense, 0, 2, 3, stage=0)
+    batch, _, _ = batches[0]
+    t, v = dense.embed(batch)
+    states = batches.vision_states(batch, t, v, frozen=())
+    after = batches.run_dense(t, v, dense.layout(batch), (), ())
+    real = torch.from_numpy(batch.v_img >= 0)
+    assert len(states) == 4 and states[0] is v
+    for l, state in zip(world.SA, states[1:]):
+        assert torch.allclose(state[real], after[l][1][real], atol=1e-4)
+    only_candidates = batches.vision_states(batch, t, v, [l for l in range(12) if l not in world.SA])
+    assert not torch.allclose(only_candidates[1], states[1], atol=1e-2)
+
+
+def test_layers_are_drawn_from_all_but_the_candidates(dense):
+    batches, rng = ToyBatches(dense, 0, 2, stage=0), np.random.default_rng(0)
+    dropped = [batches.draw_dropped_layers(rng) for _ in range(600)]
+    text_only, frozen = ({l for x in drawn for l in x} for drawn in zip(*dropped))
+    assert text_only == {1, 2, 3, 6, 9} and frozen == set(world.CA)
+    early, late = ([batches.draw_frozen_layers(rng, is_late) for _ in range(600)] for is_late in (False, True))
+    everything = [l for l in range(12) if l not in world.SA]
+    assert {l for x in early for l in x} == set(everything)
+    assert np.mean([len(x) for x in early]) == pytest.approx(4.5, abs=0.3)
+    assert late.count(everything) / 600 == pytest.approx(0.5, abs=0.06) and early.count(everything) < 10
+
+
+def test_stage_0s_loss_is_answers_and_words_of_every_level(dense):
+    """Against the sum written out, before and after vision is dropped."""
+    batches = ToyBatches(dense, 3, 2, 2, auxiliary_weight=0.5, drop_vision_from=5, stage=0)
+    places = world.PANEL_TOKENS + world.CELL_TOKENS
+    for step in (4, 5, 6, 7):
+        batch, labels, quilts = item = batches[step]
+        rng = np.random.default_rng((3, step))
+        t, v = dense.embed(batch)
+        text_only, frozen = batches.draw_dropped_layers(rng) if step >= 5 else ((), ())
+        resting = batches.draw_frozen_layers(rng, step >= 5)
+        answers, _ = batches.run_dense(t, v, dense.layout(batch), text_only, frozen)[-1]
+        wanted = dense.answer_loss(dense.language_model.norm(answers), labels, batch.t_pos)
+        wanted = wanted / data.target_mask(labels, batch.t_pos).sum()
+        truth = np.zeros((2, 40, dense.config.vocab), dtype=np.float32)
+        for level, state in enumerate(batches.vision_states(batch, t, v, resting)):
+            truth = truth + batches.word_targets(quilts, level)
+            words = training.auxiliary_loss(dense, state[:, places], torch.from_numpy(truth.clip(max=1)))
+            wanted = wanted + 0.5 * words
+        loss, = batches.losses(item, batches.configuration(step), step)
+        assert torch.allclose(loss, wanted, rtol=1e-5)

@@ -1,0 +1,218 @@
+"""What only the miniature's training has: recipes, batches of quilts, weighted drawing of configurations, its first
+weights, and what its dense pretraining (stage 0) needs: an auxiliary loss, and layers that leave vision out.
+
+train.py runs it in its loop as it runs anyone's data. Nothing of it is in the paper, whose models start from
+LLaVA-OneVision and draw configurations uniformly.
+"""
+from itertools import count
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+from toy import world
+
+# Batches are of images, with 10 questions each or 30 short ones; in stage 3 of questions. lr is Muon's, AdamW has a
+# tenth; it is constant up to decay_start * steps, then falls linearly. LOG.md has the experiments behind the numbers.
+RECIPES = {
+    0: dict(batch_size=24, steps=5000, lr=0.015, warmup=50, decay_start=0.6,
+            auxiliary_weight=1.0,     # without it no task rises above guessing in this budget
+            drop_vision_from=3700),   # from the first step on, relations would be learned in too late a layer
+    1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, decay_start=0.5),  # a warm-up; 300 steps bring little more
+    2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, decay_start=0.5,
+            largest_first=0.375),     # of the steps: relations learned first in the largest configuration stay
+    3: dict(batch_size=128, steps=400, lr=0.25, warmup=20, decay_start=0.5,
+            questions=500,            # of each task; with 250 chance decided the label of one
+            labels="task", leave_out=(),
+            label_smoothing=0.06,     # without it a router is sure even about kinds of questions that it never saw
+            route_threshold=0.02),    # it takes the costliest configuration that has this probability
+}
+
+
+def matrices_of(model):
+    """Names of the parameters that Muon trains: matrices that multiply features. AdamW, with a tenth of the rate and
+    betas (0.9, 0.98), trains embeddings, convolutions, norms, biases and the router."""
+    return [name for name, p in model.named_parameters()
+            if p.requires_grad and p.ndim == 2 and "embed" not in name and not name.startswith("router.")]
+
+
+def sample_configuration(viable, seed, step, largest_first_steps=0):
+    """The configuration of a step: of the viable ones the smallest twice and the largest three times as often as the
+    others (the paper, 4.2.3, draws uniformly).
+
+    In the first `largest_first_steps` only these two are drawn, the largest three times in four: what the model has
+    learned in it before the others come, it keeps.
+    """
+    smallest, largest = min(viable, key=len), max(viable, key=len)
+    if step < largest_first_steps:
+        pool = [smallest, largest, largest, largest]
+    else:
+        pool = [*viable, smallest, largest, largest]
+    return pool[np.random.default_rng((seed, step)).integers(len(pool))]
+
+
+@torch.no_grad()
+def init_weights(model):
+    """Gives a dense miniature, VLM(world.config()) with its tokenizer still to come, weights of a scale at which every
+    part gets a gradient from the first step on. Biases, norms and image_newline stay as they are. Returns the model."""
+    model.tokenizer = world.tokenizer()
+    c = model.config
+    for name, p in model.named_parameters():
+        if "embed_tokens" in name:
+            p.normal_(0, 0.5)
+        elif "position_embedding" in name:
+            p.normal_(0, 0.3)
+        elif p.ndim > 1:
+            p.normal_(0, 0.8 * p[0].numel() ** -0.5)
+    for block in model.language_model.layers:  # queries start near the keys: attention is by content at once
+        key = block.self_attn.k_proj.weight.unflatten(0, (c.kv_heads, -1))                       # (Hkv, D, d)
+        block.self_attn.q_proj.weight += 0.5 * key.repeat_interleave(c.heads // c.kv_heads, 0).flatten(0, 1)
+    return model
+
+
+def auxiliary_loss(model, v, truth):
+    """Teaches visual tokens of a quilt's panels and cells, v (B, N, d), the words that are true of them.
+
+    The output head reads each visual token as it reads text, and a sigmoid for each word is to be 1 where truth
+    (B, N, vocab) is 1: several labels at once, as a softmax would let a relation erase the token's own sign. This
+    stands in for what a large model's pretraining brings along, and belongs to stage 0.
+    """
+    z = model.head(model.language_model.norm(v)) - 4  # as few words are true, the start is that none is
+    return F.binary_cross_entropy_with_logits(z, truth, reduction="sum") / truth.sum()
+
+
+class ToyBatches:
+    """Batches of conversations about quilts, the configuration of each step, and its loss, for train.py's loop.
+
+    Deterministic: batch i depends only on (seed, i), the configuration and the loss of a step on (seed, step).
+    """
+
+    def __init__(self, model, seed, batch_size, turns=10, auxiliary_weight=0.0, drop_vision_from=0, largest_first=0,
+                 steps=0, stage=2):
+        """turns: questions an image. auxiliary_weight: of stage 0's auxiliary loss. drop_vision_from: the step of stage
+        0 from which questions are answered with vision dropped in random layers. largest_first: the share of the
+        stage's `steps` in which the largest and the smallest configuration alone are trained."""
+        if auxiliary_weight and model.config.ca:
+            raise ValueError("the auxiliary loss is for the dense miniature: leave it out after stage 0")
+        self.model, self.seed, self.batch_size, self.turns, self.stage = model, seed, batch_size, turns, stage
+        self.auxiliary_weight, self.drop_vision_from = auxiliary_weight, drop_vision_from
+        self.largest_first_steps = largest_first * steps
+        self.vocabulary = model.tokenizer.get_vocab()
+        self.tokens = None  # of a step: training files count them
+
+    # --- batches ---
+
+    def __getitem__(self, i):
+        """(data.Batch, labels (B, Nt) in numpy, the quilts)."""
+        quilts, prompts, labels = zip(*(self._sample(i, j) for j in range(self.batch_size)))
+        return data.collate(prompts), data.pad(labels, -1), list(quilts)
+
+    def _sample(self, i, j):
+        """(quilt, Prompt, labels) of sample j of batch i: in turn a conversation, and three times as many questions as
+        a caption."""
+        rng = np.random.default_rng((world.TRAIN, self.seed, i, j))
+        is_caption = j % 2 == 1
+        image, quilt, asked = world.conversation(rng, self.turns * (3 if is_caption else 1))
+        if is_caption:
+            pieces = world.caption(asked)
+        else:
+            turns = [text for _, question, answer in asked for text in (question, answer)]
+            turns[0] = data.place_images(turns[0], 1)
+            pieces = data.turns_to_learn(turns)
+        c = self.model.config
+        return quilt, *data.labelled(pieces, self.model.tokenizer, [data.process_image(image, c)])
+
+    def batches(self, first):
+        """The stage's items from number `first` on; no stage repeats another's."""
+        return map(self.__getitem__, count((self.stage << 40) + first))
+
+    def configuration(self, step):
+        """The configuration that a step trains: all layers in stage 0."""
+        c = self.model.config
+        if self.stage == 0:
+            return tuple(range(c.layers))
+        return sample_configuration(c.viable, self.seed, step, self.largest_first_steps)
+
+    # --- the loss ---
+
+    def losses(self, item, sa, step):
+        """Yields the loss of one batch in configuration sa; the loop takes several, this is one.
+
+        Stage 0 adds two things, both to make of a small dense model what large ones are by themselves (paper, section
+        3): features of an image before anyone asks, and layers that do not depend on all those before them, so that
+        some of them may look at vision no more.
+        """
+        batch, labels, quilts = item
+        model, rng = self.model, np.random.default_rng((self.seed, step))
+        late = step >= self.drop_vision_from
+        t, v = model.embed(batch)                                                  # (B, Nt, d), (B, Nv, d)
+        layout = model.layout(batch)
+        if self.auxiliary_weight and late:
+            answers, _ = self.run_dense(t, v, layout, *self.draw_dropped_layers(rng))[-1]
+        else:
+            answers, _ = model.language_model.run(t, v, layout, sa, 0, model.config.layers)
+        h = model.language_model.norm(answers)                                     # (B, Nt, d)
+        targets = int(data.target_mask(labels, batch.t_pos).sum())
+        loss = model.answer_loss(h, labels, batch.t_pos) / targets
+        if self.auxiliary_weight:
+            states = self.vision_states(batch, t, v, self.draw_frozen_layers(rng, late))
+            truth = np.float32(0)
+            for level, state in enumerate(states):
+                truth = np.maximum(truth, self.word_targets(quilts, level))        # what was true below is still true
+                marked = state[:, world.PANEL_TOKENS + world.CELL_TOKENS]          # (B, 40, d)
+                wanted = torch.from_numpy(truth).to(v.device)                      # (B, 40, vocab)
+                loss = loss + self.auxiliary_weight * auxiliary_loss(model, marked, wanted)
+        yield loss
+
+    # --- stage 0 ---
+
+    def draw_dropped_layers(self, rng):
+        """(text-only layers, layers in which vision is frozen) while questions are answered: a random share of all
+        layers but the candidates. Text-only are those that have no attention to vision in VISOR; where it will have a
+        cross-attention, text goes on looking."""
+        share = rng.random(self.model.config.layers) < rng.random()
+        drawn = [l for l, is_drawn in enumerate(share) if is_drawn and l not in world.SA]
+        return [l for l in drawn if l not in world.CA], [l for l in drawn if l in world.CA]
+
+    def draw_frozen_layers(self, rng, late):
+        """Layers in which vision is frozen while the auxiliary loss is computed: each but the candidates with
+        probability 1/2 (stochastic depth, Huang et al. 2016); late in the stage, every other time, all of them."""
+        p = rng.choice([0.5, 1.0]) if late else 0.5
+        share = rng.random(self.model.config.layers) < p
+        return [l for l, is_drawn in enumerate(share) if is_drawn and l not in world.SA]
+
+    def run_dense(self, t, v, layout, text_only, frozen, stop=None):
+        """[(t, v) after layer l, for each l < stop] of the dense model (default: of all layers).
+
+        Text runs in each layer and attends to vision in all but those of `text_only`; vision is refined in all but
+        those and the `frozen` ones.
+        """
+        every_layer, states = tuple(range(self.model.config.layers)), []
+        for l in every_layer[:stop]:
+            # Alone in its configuration, a layer is the last that reads vision (a dense model has no cross-attention),
+            # so run leaves v as it is. With all layers in it, others follow and v is refined, but for the model's last
+            sa = () if l in text_only else (l,) if l in frozen else every_layer
+            t, v = self.model.language_model.run(t, v, layout, sa, l, l + 1)
+            states.append((t, v))
+        return states
+
+    def vision_states(self, batch, t, v, frozen):
+        """Four states of the vision stream (B, Nv, d), of which the words of levels 0, 1, 2, 3 are to be true: the
+        connector's output, and what the first, second, third candidate makes of it.
+
+        The images run once more, as other layers are frozen than for the answers, and without the questions. The two
+        text tokens before an image, system line and user marker, stay: visual tokens attend to them.
+        """
+        cut = batch._replace(ids=batch.ids[:, :2], t_pos=batch.t_pos[:, :2])
+        after = self.run_dense(t[:, :2], v, self.model.layout(cut), (), frozen, stop=max(world.SA) + 1)
+        return [v, *(after[l][1] for l in world.SA)]
+
+    def word_targets(self, quilts, level):
+        """(B, 40, vocab) float32: 1 for each word that becomes true of a panel or a cell at this level, else 0."""
+        tokens = len(world.PANEL_TOKENS + world.CELL_TOKENS)
+        truth = np.zeros((len(quilts), tokens, self.model.config.vocab), dtype=np.float32)
+        for b, quilt in enumerate(quilts):
+            for i, words in enumerate(world.words(quilt, level)):
+                truth[b, i, [self.vocabulary[word] for word in words]] = 1
+        return truth
