@@ -279,8 +279,8 @@ def labelled(pieces, tokenizer, images=(), start=0):
         start += len(new.ids) + len(new.v_pos)
         labels += new.ids if is_target else [-1] * len(new.ids)
         new.v_img[:] = [i + len(prompt.images) for i in new.v_img]
-        for whole, part in zip(prompt, new):
-            whole += part
+        for whole, more in zip(prompt, new):
+            whole += more
     if left:
         raise SampleError("placeholders", f"the text has {len(images) - len(left)} {IMAGE} but {len(images)} images "
                           "were given")
@@ -332,9 +332,9 @@ def pad(rows, filler):
 
 
 def with_blank(batch, config):
-    """A Batch without images, with one black tile whose tokens all count as padding: nobody sees it.
+    """A Batch without images, with one black tile whose tokens all count as padding: no token attends to it.
 
-    Processes that train together must run the same parts of the model, whatever their own samples have.
+    Processes that train together must run the same modules, whatever their own samples have.
     """
     blank = process_image(Image.new("RGB", (config.tile,) * 2), config, single_image=False)
     shape = len(batch.ids), blank.tiling.tokens

@@ -115,12 +115,12 @@ def heat(weights, processed, config):
 def montage(images, maps, width):
     """The images side by side, dimmed, with their heat on top; one scale for all of them, from low to high."""
     layers = []
-    for image, parts in zip(images, maps):
+    for image, own in zip(images, maps):
         w, h = image.size
         total = np.zeros((h, w))
-        for part in parts:
-            density = part * part.size  # attention per area: base tile and grid show the same image
-            box = square_box(w, h) if len(parts) == 1 else None  # one of several images was padded to a square
+        for heat_map in own:
+            density = heat_map * heat_map.size  # attention per area: base tile and grid show the same image
+            box = square_box(w, h) if len(own) == 1 else None  # one of several images was padded to a square
             stretched = Image.fromarray(density.astype(np.float32)).resize(
                 (max(w, h),) * 2 if box else (w, h), Image.BICUBIC)
             total += np.asarray(stretched.crop(box) if box else stretched)

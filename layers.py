@@ -120,7 +120,7 @@ class Block(nn.Module):
         return self.mlp_residual(x + self.self_attn(h, keys, at, kv))
 
     def mlp_residual(self, x):
-        """The second half, in which no token sees another; compiled on its own (VLM.compile)."""
+        """The second half, in which no token attends to another; compiled on its own (VLM.compile)."""
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -412,7 +412,7 @@ def make_routing_layout(t_pos, v_pos, past, starts, c, device):
     """The TokenLayout of routing tokens: the k-th of sample b attends to itself and all before position starts[b, k].
 
     t_pos (B, Nt), v_pos (B, Nv): the newest tokens, which the cache holds besides `past`; starts (B, K). The routing
-    tokens' own keys are stored behind all others, where the next tokens will overwrite them: no other token sees them.
+    tokens' own keys are stored behind all others, where the next tokens overwrite them: no other token attends to them.
     """
     text_before = past.text[:, None] + (t_pos[:, None] < starts[..., None]).sum(-1)                    # (B, K)
     joint_before = text_before + past.vision[:, None] + (v_pos[:, None] < starts[..., None]).sum(-1)

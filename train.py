@@ -95,8 +95,8 @@ def make_batches(model, stage, out, s, samples, distributed):
 def set_trainable(model, stage, joined=False):
     """What a stage trains. Stage 0 of a joined SigLIP and Qwen2 trains the connector between them, which is new."""
     model.requires_grad_(stage in (0, 2) and not joined)
-    for part in {1: [model.language_model.cross], 3: [model.router]}.get(stage, []):
-        part.requires_grad_(True)
+    for module in {1: [model.language_model.cross], 3: [model.router]}.get(stage, []):
+        module.requires_grad_(True)
     if joined:
         model.multi_modal_projector.requires_grad_(True)
         model.image_newline.requires_grad_(True)
