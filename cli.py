@@ -1,8 +1,10 @@
-"""What all commands share: parsing, how errors end, where the shipped miniature lies, writing files whole.
+"""What all commands share: parsing, how errors end, where the shipped miniature lies, reading JSON, writing
+files whole.
 
 Imports nothing of the project, and torch only in functions that need it: --help and flops.py answer at once.
 """
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -40,6 +42,22 @@ def run(main):
 def checkpoint_path(name):
     """What --model means: `nano` is the shipped miniature unless a directory of that name is here."""
     return NANO if name == "nano" and not Path("nano/config.json").is_file() else name
+
+
+def read_json(path, kind=dict, mend="get it again"):
+    """What a JSON file holds, in UTF-8, 16 or 32, with or without a byte order mark. Raises ValueError, one line, if it
+    is missing, no JSON, nested too deeply, or no `kind` (dict or list); mend: what the line advises."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror.lower()}; {mend}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply; {mend}") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: not valid JSON ({e}); {mend}") from None
+    if not isinstance(found, kind):
+        raise ValueError(f"{path}: not a JSON {'object' if kind is dict else kind.__name__}; {mend}")
+    return found
 
 
 @contextmanager
