@@ -164,13 +164,19 @@ def load_tokenizer(directory):
         raise ValueError(f"{path} is missing; copy it from the checkpoint's page or from Qwen/Qwen2-0.5B-Instruct")
     try:
         tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.encode("\0")  # fails without a token for what is unknown
     except Exception as e:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer file ({e}); download it again") from None
+        raise ValueError(f"{path}: not a tokenizer file ({' '.join(str(e).split())}); get the checkpoint's files "
+                         "again") from None
+    tokenizer.no_truncation()  # what a file says of batches for training would cut prompts, or fill them
+    tokenizer.no_padding()
     for token in ("<|im_start|>", "<|im_end|>"):
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{path}: has no token {token}; use the tokenizer of a Qwen2 chat model")
     if tokenizer.token_to_id(IMAGE) is not None:  # llava-hf's; here such words are placeholders or plain text
         spec = json.loads(tokenizer.to_str())
+        if not isinstance(spec["model"]["vocab"], dict):
+            raise ValueError(f"{path}: {spec['model']['type']}, but Qwen2's tokenizer is BPE; use its own")
         spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in (IMAGE, "<video>")]
         spec["model"]["vocab"] = {t: i for t, i in spec["model"]["vocab"].items() if t not in (IMAGE, "<video>")}
         tokenizer = Tokenizer.from_str(json.dumps(spec))

@@ -25,8 +25,7 @@ RECIPES = {
     3: dict(batch_size=128, steps=400, lr=0.25, warmup=20, decay_start=0.5,
             questions=500,            # of each task; with 250 chance decided the label of one
             labels="task", leave_out=(),
-            label_smoothing=0.06,     # without it a router is sure even about kinds of questions that it never saw
-            route_threshold=0.02),    # it takes the costliest configuration that has this probability
+            label_smoothing=0.06),    # without it a router is sure even about kinds of questions that it never saw
 }
 
 
