@@ -47,6 +47,7 @@ class Config:
     pinpoints: tuple = PINPOINTS    # allowed grids (columns, rows), in tiles
     max_tiles: int | None = 9       # above about this many tiles' worth of tokens the grid is shrunk; None: never
     unpad: str = "original"         # "original" truncates the unpadded side; "hf" rounds it to 7 digits before
+    transparency: str = "drop"      # "drop": colours as in the file; "white": laid on white, as Hugging Face does
     multi_image_newline: bool = True  # 730 tokens for each of several images (training, Hugging Face); else 729
     # token packing (VISOR-TR, paper 4.4 and appendix I)
     pack: float = 1.0               # each tile has about this many times fewer tokens
@@ -102,6 +103,8 @@ class Config:
                 raise ValueError(f"{whole} {a} does not go with {part} {b}")
         if self.unpad not in ("original", "hf") or not self.pack >= 1:
             raise ValueError(f"unpad {self.unpad!r} must be original or hf, pack {self.pack!r} at least 1")
+        if self.transparency not in ("drop", "white"):
+            raise ValueError(f"transparency {self.transparency!r} must be drop or white")
         if not self.pinpoints or not all(len(p) == 2 and min(p) >= 1 for p in self.pinpoints):
             raise ValueError("pinpoints: a list of at least one (columns, rows) is needed")
         self._check_layers(self.ca, self.sa, self.viable)
@@ -265,7 +268,7 @@ def _llava_hf(raw):
     ties = [c["tie_word_embeddings"] for c in (raw, text) if "tie_word_embeddings" in c]
     sizes["tied"] = bool(ties) and all(ties)  # hub files of the 0.5B say both; the loader looks for a head as well
     grids = _anyres(raw.get("vision_aspect_ratio", "anyres_max_9"), [p[::-1] for p in pinpoints], tile)
-    return Config(**sizes, **grids, unpad="hf", stage="pretrained")
+    return Config(**sizes, **grids, unpad="hf", transparency="white", stage="pretrained")
 
 
 def _llava_original(raw):
