@@ -17,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from tokenizers import Tokenizer
 
+from cli import counted
 from config import PAD
 
 IMAGE = "<image>"  # stands for an image in a question; never becomes a token of the language model
@@ -267,7 +268,7 @@ def place_images(question, n):
     if IMAGE not in question:
         return " ".join([IMAGE] * n) + "\n" + question if n else question
     if question.count(IMAGE) != n:
-        raise ValueError(f"the question has {question.count(IMAGE)} {IMAGE} but {n} images were given: "
+        raise ValueError(f"the question has {question.count(IMAGE)} {IMAGE} but {counted(n, 'image')} given: "
                          "give one image for each, or leave the placeholders out")
     return question
 
@@ -317,7 +318,8 @@ def encode(text, tokenizer, images=(), start=0):
     else:
         chunks = text.split(IMAGE)
     if len(chunks) != len(images) + 1:
-        raise SampleError("placeholders", f"the text has {len(chunks) - 1} {IMAGE} but {len(images)} images were given")
+        raise SampleError("placeholders", f"the text has {len(chunks) - 1} {IMAGE} but "
+                          f"{counted(len(images), 'image')} given")
     ids, t_pos, v_pos, v_img, answer_starts = [], [], [], [], []
     for i, chunk in enumerate(chunks):
         new = tokenizer.encode(chunk, add_special_tokens=False)
@@ -358,8 +360,8 @@ def labelled(pieces, tokenizer, images=(), start=0):
         for whole, more in zip(prompt, new):
             whole += more
     if left:
-        raise SampleError("placeholders", f"the text has {len(images) - len(left)} {IMAGE} but {len(images)} images "
-                          "were given")
+        raise SampleError("placeholders", f"the text has {len(images) - len(left)} {IMAGE} but "
+                          f"{counted(len(images), 'image')} given")
     return prompt, labels
 
 
