@@ -4,6 +4,7 @@ files whole.
 Imports nothing of the project, and torch only in functions that need it: --help and flops.py answer at once.
 """
 import argparse
+import io
 import json
 import os
 import shutil
@@ -27,6 +28,12 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Calls a script's main. A mistake in the input ends like one in the command line, without a traceback."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is written as an escape, never lost
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BrokenPipeError:  # `| head` has read enough
@@ -39,6 +46,11 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def counted(n, what):
+    """1 tile, 2 tiles, 1,000 tiles."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def checkpoint_path(name):

@@ -33,7 +33,7 @@ LIMITS = {
     "rope_theta": (1.0, 1e12), "rms_eps": (1e-12, 1.0), "vision_eps": (1e-12, 1.0), "pack": (1.0, 1e6),
     "route_threshold": (0.0, 1.0),
     **dict.fromkeys(("tied", "multi_image_newline", "pack_widen", "router"), [False, True]),
-    "unpad": ["original", "hf"], "world": ["", "toy"], "stage": ["random", "pretrained", "0", "1", "2", "3"],
+    "unpad": ["original", "hf"], "transparency": ["drop", "white"], "world": ["", "toy"], "stage": ["random", "pretrained", "0", "1", "2", "3"],
 }
 LONGEST = 1024               # entries that a list of settings may have
 GRID = range(1, 65)          # tiles along a side of a grid
@@ -66,6 +66,7 @@ class Config:
     pinpoints: tuple = PINPOINTS    # allowed grids (columns, rows), in tiles
     max_tiles: int | None = 9       # above about this many tiles' worth of tokens the grid is shrunk; None: never
     unpad: str = "original"         # "original" truncates the unpadded side; "hf" rounds it to 7 digits before
+    transparency: str = "drop"      # "drop": colours as in the file; "white": laid on white, as Hugging Face does
     multi_image_newline: bool = True  # 730 tokens for each of several images (training, Hugging Face); else 729
     # token packing (VISOR-TR, paper 4.4 and appendix I)
     pack: float = 1.0               # each tile has about this many times fewer tokens
@@ -403,7 +404,7 @@ def _llava_hf(raw):
         grids = [(a * tile, b * tile) for a, b in PINPOINTS]
     found = _anyres("vision_aspect_ratio", "anyres_max_9" if aspect is None else aspect, grids, tile)
     found["pinpoints"] = [p[::-1] for p in found["pinpoints"]]  # Hugging Face has (height, width)
-    return Config(**sizes, **found, unpad="hf", stage="pretrained")
+    return Config(**sizes, **found, unpad="hf", transparency="white", stage="pretrained")
 
 
 def _llava_original(raw):

@@ -18,7 +18,7 @@ import re
 import sys
 from pathlib import Path
 
-from cli import Parser, checkpoint_path, run
+from cli import Parser, checkpoint_path, counted, run
 from config import LIMITS, PRESETS, checked, preset, read_config
 from data import tiling
 
@@ -254,8 +254,8 @@ def page(c, r):
            f"  VISOR           cross-attention in {','.join(map(str, c.ca))}",
            f"                  + {added / 1e6:,.1f} M parameters, {added / r['parameters']['llm']:.1%} of the language "
            f"model's {r['parameters']['llm'] / 1e6:,.1f} M",
-           f"  prompt          {r['tiles']} tiles, {r['visual_tokens']:,} visual tokens, {r['text_tokens']} text "
-           f"tokens; answer {r['answer_tokens']}",
+           f"  prompt          {counted(r['tiles'], 'tile')}, {counted(r['visual_tokens'], 'visual token')}, "
+           f"{counted(r['text_tokens'], 'text token')}; answer {r['answer_tokens']}",
            *[f"  packing         {c.pack:g}: dense has {r['dense_visual_tokens']:,} visual tokens"] * (c.pack > 1),
            *[f"  batch           {r['batch']}, operations and bytes are those of all"] * (r["batch"] > 1), "",
            "One layer over n tokens of d features (H: all heads together, K: all kv heads):",
