@@ -101,6 +101,8 @@ def read_state(checkpoint):
                 raise ValueError(f"setting {name} is unknown to this version")
             elif value is not None or name not in MAY_BE_NONE:
                 checked(name, value, limits=SETTINGS)
+        if f"stage{state.get('stage')}-{state.get('step', 0):06d}" != checkpoint.name:
+            raise ValueError("stage and step are not those of the directory's name")
         return state
     except ValueError as e:
         raise damaged(file, e) from None

@@ -21,8 +21,8 @@ class Parser(argparse.ArgumentParser):
     """A command line of any script: bad input gives one line `error: ...` on stderr and exit status 2."""
 
     def error(self, message):
-        message = message.removesuffix("unrecognized arguments: ") or "an empty argument: leave it out"
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        message = " ".join(message.split())
+        print(f"error: {message}{' blank ones' * message.endswith('unrecognized arguments:')}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -41,7 +41,8 @@ def run(main):
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not any(x in str(e) for x in ("out of memory", "allocate memory")):
             raise  # not torch's way to say that there is too little, but a bug
-        print(f"error: {' '.join(str(e).split()) or 'out of memory: give smaller images or fewer'}", file=sys.stderr)
+        said = f"{e.filename}: {e.strerror.lower()}" if isinstance(e, OSError) and e.filename else str(e)
+        print(f"error: {' '.join(said.split()) or 'out of memory: give smaller images or fewer'}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

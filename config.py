@@ -33,7 +33,8 @@ LIMITS = {
     "rope_theta": (1.0, 1e12), "rms_eps": (1e-12, 1.0), "vision_eps": (1e-12, 1.0), "pack": (1.0, 1e6),
     "route_threshold": (0.0, 1.0),
     **dict.fromkeys(("tied", "multi_image_newline", "pack_widen", "router"), [False, True]),
-    "unpad": ["original", "hf"], "transparency": ["drop", "white"], "world": ["", "toy"], "stage": ["random", "pretrained", "0", "1", "2", "3"],
+    "unpad": ["original", "hf"], "transparency": ["drop", "white"], "world": ["", "toy"],
+    "stage": ["random", "pretrained", "0", "1", "2", "3"],
 }
 LONGEST = 1024               # entries that a list of settings may have
 GRID = range(1, 65)          # tiles along a side of a grid

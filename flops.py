@@ -169,7 +169,7 @@ def settings(args):
     """The Config to count for, with VISOR's layers where a dense checkpoint has none yet."""
     if args.model in PRESETS:
         c = preset(args.model)
-    elif Path(checkpoint_path(args.model)).is_dir():
+    elif args.model and Path(checkpoint_path(args.model)).is_dir():
         c = read_config(checkpoint_path(args.model))
     else:
         raise ValueError(f"--model {args.model}: no such preset or directory; give one of {', '.join(PRESETS)}, nano")

@@ -112,7 +112,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
     SIGTERM save, say so and leave with status 130 or 143. Raises ValueError, and takes no step, where the loss or its
     gradient is not finite."""
     s, distributed = {**DEFAULTS, **settings}, distributed or Distributed(model.device)
-    first = json.loads((checkpoint / "state.json").read_text())["step"] if checkpoint else 0
+    first = read_state(checkpoint)["step"] if checkpoint else 0
     batches, opts = start(model, stage, out, s, first, checkpoint, samples, distributed)
     feed, began, mean, learned = batches.batches(first), time.perf_counter(), 0.0, False
     main_rank = distributed.rank == 0
@@ -285,8 +285,6 @@ def parse(argv=None):
                 checked(name, value, f"--{name.replace('_', '-')}", SETTINGS)
             except ValueError as e:
                 p.error(str(e))
-    if args.data != "toy" and not Path(args.data).is_file():
-        p.error(f"--data {args.data}: no such file")
     if args.data == "toy" and (args.fsdp or "WORLD_SIZE" in os.environ):
         p.error("the miniature trains in one process: give a training file with --data, or leave torchrun out")
     if args.fsdp and "WORLD_SIZE" not in os.environ:
@@ -351,6 +349,8 @@ def given_settings(args):
 
 def main(argv=None):
     args = parse(argv)
+    if args.data != "toy" and not Path(args.data).is_file():
+        raise ValueError(f"--data {args.data}: no such file")
     torch.set_flush_denormal(True)  # vanishing gradients of saturated sigmoids would be 100 times slower
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
     distributed = Distributed(placement(args.device, "float32")[0])

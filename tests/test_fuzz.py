@@ -122,7 +122,7 @@ def pictures():
                             ("PNG", "I;16", {}), ("JPEG", "RGB", {"exif": exif}), ("JPEG", "CMYK", {}),
                             ("JPEG", "L", {"progressive": True}), ("GIF", "P", {}), ("WEBP", "RGBA", {"exif": exif}),
                             ("BMP", "RGB", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}), ("TIFF", "F", {}),
-                            ("PPM", "RGB", {}), ("ICO", "RGBA", {}), ("TGA", "RGB", {})):
+                            ("PPM", "RGB", {})):
         file = io.BytesIO()
         grey = image.convert("L") if mode in ("I;16", "F") else image
         grey.convert(mode).save(file, kind, **how)
