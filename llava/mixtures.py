@@ -93,7 +93,7 @@ def _is_mixture(text):
 
 class _UniqueKeys(yaml.SafeLoader):
     """What yaml.safe_load reads with, but a key given twice is an error: the first value would be lost silently. So is
-    a merge (<<), of which a few lines can make any number of keys."""
+    a merge (<<), as before PyYAML 6.0.4 a few lines of them make any number of keys."""
 
     def construct_mapping(self, node, deep=False):
         names = set()

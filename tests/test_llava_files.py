@@ -21,7 +21,7 @@ from llava.samples import conversation
 from tests import tiny, worlds
 from tests.test_llava import samples, talk, written
 
-ROWS = [talk(f"question {i}, \"quoted\" \\", f"answer [{i}") for i in range(5)]
+ROWS = [talk(f"question {i}, \"quoted\" \\", f'answer [{i}] "}} once') for i in range(5)]
 LIST, LINES = json.dumps(ROWS).encode(), b"\n".join(json.dumps(row).encode() for row in ROWS)
 BOM = b"\xef\xbb\xbf"
 
@@ -186,7 +186,7 @@ def with_rows(change, dtype=np.int64):
 
 
 def swapped(rows):
-    rows[[1, 2]] = rows[[2, 1]]
+    rows[[2, 3]] = rows[[3, 2]]
 
 
 def past_the_end(rows):
@@ -206,7 +206,7 @@ def damaged(at, byte):
     return write
 
 
-BROKEN = {"floats": with_rows(lambda rows: None, np.float64), "small": with_rows(lambda rows: None, np.int32),
+BROKEN = {"floats": with_rows(lambda rows: None, np.longdouble), "small": with_rows(lambda rows: None, np.int32),
           "swapped": with_rows(swapped), "past the end": with_rows(past_the_end), "negative": with_rows(negative),
           "bracket": damaged(11, ord("(")), "magic": damaged(0, 0), "version": damaged(6, 9), "length": damaged(9, 255),
           "short": lambda file: file.write_bytes(file.read_bytes()[:-8]), "empty": lambda file: file.write_bytes(b""),
@@ -316,7 +316,10 @@ def test_an_alias_that_grows(level, use, tmp_path):
     refused(saved(tmp_path / "mix.yaml", "\n".join([*levels, use])), read=read_mixture)
 
 
-def test_aliases_that_are_of_use_stay(tmp_path):
+def test_merges_are_refused_and_other_aliases_stay(tmp_path):
+    for merged in ("{json_path: a.json}", "*d", "[*d, *d]"):
+        path = saved(tmp_path / "mix.yaml", f"default: &d {{json_path: a.json}}\ndatasets:\n- <<: {merged}\n")
+        refused(path, "line 3", "<< is not taken", read=read_mixture)
     path = saved(tmp_path / "mix.yaml", "datasets:\n- {json_path: a.json, sampling_strategy: &s 'first:5'}\n"
                                         "- {json_path: b.json, sampling_strategy: *s}\n")
     assert [strategy for _, strategy in read_mixture(path)] == ["first:5"] * 2
