@@ -218,8 +218,8 @@ def _save(file, rows):
     try:
         with atomic(file) as beside, open(beside, "wb") as stream:  # np.save would add .npy to a mere name
             np.save(stream, rows)
-    except OSError as e:  # a read-only disk is no reason to stop
-        print(f"{file}: cannot be written ({e.strerror}); the next run makes the index again", file=sys.stderr)
+    except ValueError as e:  # a read-only disk is no reason to stop
+        print(f"{e}; the next run makes the index again", file=sys.stderr)
     for left in file.parent.glob(glob.escape(file.name) + ".*.writing"):
         pid = left.name.split(".")[-2]
         if pid.isdecimal() and (int(pid) == os.getpid() or not _is_running(int(pid))):

@@ -245,9 +245,9 @@ ERRORS = {
                      talk("<image>", "A", image=["0.png", "1.png"]),
                      talk("<image> <image>", "A", image="0.png")],
     "video": [talk("<image>\nQ", "A", video="x.mp4")],
-    "missing image": [talk("<image>\nQ", "A", image="nothing.png"), talk("<image>\nQ", "A", image=".")],
-    "broken image": [talk("<image>\nQ", "A", image="text.png"), talk("<image>\nQ", "A", image="cut.png"),
-                       talk("<image>\nQ", "A", image="x" * 300)],
+    "missing image": [talk("<image>\nQ", "A", image="nothing.png"), talk("<image>\nQ", "A", image="."),
+                      talk("<image>\nQ", "A", image="x" * 300)],
+    "broken image": [talk("<image>\nQ", "A", image="text.png"), talk("<image>\nQ", "A", image="cut.png")],
     "oversized image": [talk("<image>\nQ", "A", image="huge.png"),
                           talk("<image><image>\nQ", "A", image=["long.png", "0.png"])],
     "too long": [talk("Q " * 400, "A")],
@@ -327,7 +327,7 @@ def test_questions_for_the_router_are_those_about_single_images(tmp_path, capsys
 def batches_of(path, out, rank=0, size=1, stage=2, **settings):
     """ConversationBatches of a file, without a model: one process of several, which hears nothing of the others."""
     settings = {"batch_size": 6, "micro_batch_size": 2, "seed": 0, "workers": 0, "overfit": False, "max_bad": 0.01,
-                "fsdp": False, **settings}
+                "fsdp": False, "steps": 1000, **settings}
     alone = SimpleNamespace(rank=rank, size=size, sum=lambda *numbers: numbers, gather=lambda thing: [thing],
                             wrap=lambda model, fsdp: (None, None))
     model = SimpleNamespace(config=tiny.config(sa=(1, 4), viable=[(), (1,), (4,), (1, 4)]))

@@ -251,7 +251,7 @@ def test_an_index_that_cannot_be_written(tmp_path, capsys, monkeypatch):
         stream.write(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(np, "save", full)
-    assert len(JsonIndex(path)) == 5 and "No space left" in capsys.readouterr().err
+    assert len(JsonIndex(path)) == 5 and "no space left" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
