@@ -280,7 +280,7 @@ class EvalQuestions:
             first = end
         note = next((f"{len(self.errors)} samples cannot be used, as {x}" for x in self.errors.values()), "")
         if not self.indices:
-            raise ValueError("no question about a single image in the training file" + (note and f"; {note}"))
+            raise ValueError(f"{samples.find(0)[0].path}: no question about a single image" + (note and f"; {note}"))
         if note:
             print(note, file=sys.stderr)
         self.paths = {samples.find(i)[0].path for i in self.indices}
