@@ -197,7 +197,7 @@ def start(model, stage, out, s, first, checkpoint, samples, distributed):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     if distributed.rank == 0:
-        print(f"stage {stage}: {trained:,} parameters train, {frozen:,} are frozen; threads: {s['threads']}",
+        print(f"stage {stage}: {trained:,} parameters train, {frozen:,} are frozen; threads: {torch.get_num_threads()}",
               file=sys.stderr)
         (out / "log.jsonl").touch()
         drop_rows_after(out / "log.jsonl", stage, first)

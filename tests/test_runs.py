@@ -194,13 +194,20 @@ def test_the_threshold_is_above_what_smoothing_gives_to_wrong_ones(smoothing, n)
 
 # --- resuming ---
 
+@pytest.fixture(scope="module")
+def stopped(files, tmp_path_factory):
+    """A run after 2 of its 4 steps."""
+    out = tmp_path_factory.mktemp("stopped")
+    assert call(*arguments(files, out, "--steps", 4, "--save-every", 2, "--keep", 9)) == 0
+    shutil.rmtree(out / "stage2-000004")
+    return out
+
+
 @pytest.fixture
-def half(files, tmp_path):
-    """(a run after 2 of its 4 steps, its command line)."""
-    words = arguments(files, tmp_path / "o", "--steps", 4, "--save-every", 2, "--keep", 9)
-    assert call(*words) == 0
-    shutil.rmtree(tmp_path / "o/stage2-000004")
-    return tmp_path / "o", words
+def half(files, stopped, tmp_path):
+    """(a copy of it, its command line)."""
+    out = shutil.copytree(stopped, tmp_path / "o")
+    return out, arguments(files, out, "--steps", 4, "--save-every", 2, "--keep", 9)
 
 
 @pytest.mark.parametrize("flag, value", [("--lr", 0.5), ("--batch-size", 16), ("--steps", 8), ("--seed", 7),
@@ -375,10 +382,10 @@ def test_as_many_threads_as_idle_cores(cores, busy, threads, monkeypatch):
     assert cli.free_threads() == threads
 
 
-def test_a_run_keeps_its_number_of_threads(half, monkeypatch, capsys):
+def test_a_run_keeps_its_number_of_threads(half, monkeypatch):
     out, words = half
     edit(out / "stage2-000002/state.json", lambda s: s.update(threads=2))
     monkeypatch.setattr(train, "free_threads", lambda: 1)
     used = []
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    assert call(*words, "--resume") == 0 and used[-1] == 2 and "threads: 2" in capsys.readouterr().err
+    assert call(*words, "--resume") == 0 and used[-1] == 2
