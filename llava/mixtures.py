@@ -127,8 +127,8 @@ def _load_yaml(path):
         line, problem = 1 + text.count("\n", 0, e.position), e.reason
     except RecursionError:
         raise ValueError(f"{path}: not valid YAML (nested too deeply); {SHAPE}") from None
-    except Exception as e:  # a date of month 13: its constructors raise nearly anything
-        raise ValueError(f"{path}: not valid YAML ({type(e).__name__} in one of its values); {SHAPE}") from None
+    except Exception:  # a date of month 13: its constructors raise nearly anything
+        raise ValueError(f"{path}: not valid YAML (a value is not what its kind asks for); {SHAPE}") from None
     raise ValueError(f"{path}, line {line}: not valid YAML ({problem})")
 
 

@@ -291,7 +291,7 @@ def command(main, words):
 
 # --- the kinds ------------------------------------------------------------------------------------------------------
 
-MIXED = ("mix.", "json_path", "sampling_strategy", "no such training file")
+MIXED = ("mix.", "json_path", "sampling_strategy", "no such training file", "file name too long")
 
 
 def checkpoint(file, change=change_text, name=None, count=40, also="config.json"):
