@@ -23,6 +23,7 @@ from data import SampleError
 MARK = re.compile(rb'["\[\]{},]')  # all that matters to the depth of nested JSON, where no string holds it
 NONBLANK = re.compile(rb"\S")
 DEEPEST = 10**6  # open brackets in a list of samples
+LONGEST = 2**24  # bytes of a sample
 
 SIGNATURES = (  # how other files begin (in any case), what they are, the mend
     (b"\x1f\x8b", "gzip", "unpack it with gunzip"), (b"PK\x03\x04", "a zip archive (.zip, .npz)", "unpack it"),
@@ -82,9 +83,9 @@ class JsonIndex:
 
     def _holds_objects(self):
         """Whether any of the first hundred samples is what a sample has to be. Huge ones are not looked at."""
-        for i, (start, end) in enumerate(self.spans[:100].tolist()):
+        for i in range(min(len(self), 100)):
             try:
-                if end - start < 2**24 and self[i]:
+                if self[i]:
                     return True
             except SampleError:
                 pass
@@ -96,6 +97,8 @@ class JsonIndex:
     def __getitem__(self, i):
         """The dict of sample i. Raises SampleError."""
         start, end = self.spans[i].tolist()
+        if end - start > LONGEST:
+            raise SampleError("malformed line", f"{end - start:,} bytes are too many for one sample; take it out")
         with open(self.path, "rb") as file:
             file.seek(start)
             text = file.read(end - start)

@@ -17,10 +17,9 @@ import numpy as np
 import yaml
 
 from cli import read_json
-from config import short
 from llava.index import NONBLANK, flaw, kind_of, mapped, other_format
 
-LARGEST = 2 * 2**20  # bytes of a mixture
+LARGEST = 2**19  # bytes of a mixture
 MOST_FILES = 1000  # of a mixture
 SHAPE = 'a mixture has datasets: [{"json_path": ...}]'
 STRATEGY = re.compile(r"all|(first|end|random):([0-9]{1,15})(%?)")
@@ -60,7 +59,7 @@ def read_mixture(path):
         files += [(file if os.path.exists(file) else path.parent / file, strategy) for file in map(Path, names)]
         unknown |= {str(key) for key in entry} - {"json_path", "sampling_strategy"}
     if unknown:
-        print(f"{path}: {short(', '.join(sorted(unknown)))} not used; known are json_path and sampling_strategy",
+        print(f"{path}: {', '.join(x[:40] for x in sorted(unknown)[:9])} not used; known are json_path and sampling_strategy",
               file=sys.stderr)
     return files
 

@@ -292,17 +292,17 @@ def test_mixtures_with_a_mark(before, tmp_path):
 
 @pytest.mark.parametrize("path", [
     "{a,b}" * 24, "{" * 3000 + "}" * 3000 + "{a,b}" * 24, "{a{b,c},d}" * 24, "{a,b}{" * 24 + "}" * 24,
-    "{" + ",".join("ab" * 80) + "}" + "{1,2,3,4,5,6,7,8}" * 2], ids=range(5))
+    "{" + ",".join("ab" * 80) + "}" + "{1,2,3,4,5,6,7,8}"], ids=range(5))
 def test_braces_that_stand_for_too_many_files(path, tmp_path):
     refused(written(tmp_path / "mix.json", {"datasets": [{"json_path": path}]}), "datasets[0]", "json_path",
             f"{MOST_FILES:,} files", read=read_mixture)
 
 
 def test_braces_up_to_the_limit(tmp_path):
-    assert len(expand_braces("{0,1,2,3,4,5,6,7,8,9}" * 4)) == MOST_FILES == 10**4
+    assert len(expand_braces("{0,1,2,3,4,5,6,7,8,9}" * 3)) == MOST_FILES == 10**3
     assert expand_braces("{" * 3000 + "a" + "}" * 3000) == expand_braces("{a}" + "{}" * 3000) == ["a"]  # no recursion
     assert expand_braces("x{a,b}{c{d,e}") == ["xa{c{d,e}", "xb{c{d,e}"]
-    entry = {"json_path": "{0,1,2,3,4,5,6,7,8,9}" * 3}
+    entry = {"json_path": "{0,1,2,3,4,5,6,7,8,9}" * 2}
     assert len(read_mixture(written(tmp_path / "mix.json", {"datasets": [entry] * 10}))) == MOST_FILES
     refused(written(tmp_path / "mix.json", {"datasets": [entry] * 11}), "datasets[10]", "files", read=read_mixture)
 
