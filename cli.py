@@ -69,7 +69,9 @@ def run(main):
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not any(x in str(e) for x in ("out of memory", "allocate memory")):
             raise  # not torch's way to say that there is too little, but a bug
-        said = f"{e.filename}: {e.strerror.lower()}" if isinstance(e, OSError) and e.filename else str(e)
+        said = str(e)
+        if isinstance(e, OSError) and e.strerror:  # files say their names; what has none is what is printed to
+            said = f"{e.filename or 'stdout'}: {e.strerror.lower()}"
         print(f"error: {' '.join(said.split()) or 'out of memory: give smaller images or fewer'}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ families' config.json files are read here and not in weights.py.
 import json
 import math
 import re
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -245,6 +246,11 @@ QWEN2 = {"hidden": ("hidden_size", 4096), "layers": ("num_hidden_layers", 32), "
 SIGLIP = {"vision_hidden": ("hidden_size", 768), "vision_ffn": ("intermediate_size", 3072),
           "vision_layers": ("num_hidden_layers", 12), "vision_heads": ("num_attention_heads", 12),
           "vision_eps": ("layer_norm_eps", 1e-6), "tile": ("image_size", 224), "patch": ("patch_size", 16)}
+# What data.py does with pixels; and what generation does not do, with the value that asks for nothing
+PREPROCESSING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True, "do_rescale": True,
+                 "do_normalize": True}
+NOT_FOLLOWED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
+                "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {}}
 
 
 def read_config(directory):
@@ -271,7 +277,7 @@ def read_config(directory):
                                         *_stop_ids(text, "text_config.eos_token_id")}))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
-    return _with_generation_config(config, directory)
+    return _with_other_files(config, directory)
 
 
 def join_configs(vision_directory, llm_directory):
@@ -292,18 +298,26 @@ def join_configs(vision_directory, llm_directory):
         config = Config(**parts, stop_ids=stop_ids, stage="pretrained")
     except ValueError as e:
         raise ValueError(f"config.json of {vision_directory} and {llm_directory}: {e}") from None
-    return _with_generation_config(config, llm_directory)
+    return _with_other_files(config, llm_directory)
 
 
-def _with_generation_config(config, directory):
-    """The Config with the stop tokens that generation_config.json adds."""
-    path = Path(directory) / "generation_config.json"
-    if path.is_file():
+def _with_other_files(config, directory):
+    """The Config with what generation_config.json and preprocessor_config.json say. Raises ValueError."""
+    for name in ("generation_config.json", "preprocessor_config.json"):
+        path = Path(directory) / name
+        if not path.is_file():
+            continue
+        raw = read_json(path, mend=MEND)
         try:
-            more = _stop_ids(read_json(path, mend=MEND), "eos_token_id")
+            if name.startswith("pre"):
+                for key, value in PREPROCESSING.items():
+                    _expect(raw, key, value)
+                continue
+            config.stop_ids = tuple(sorted({*config.stop_ids, *_stop_ids(raw, "eos_token_id")}))
         except ValueError as e:
-            raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
-        config.stop_ids = tuple(sorted({*config.stop_ids, *more}))
+            raise ValueError(f"{path}: {e}") from None
+        if other := [key for key, neutral in NOT_FOLLOWED.items() if raw.get(key) not in (neutral, None)]:
+            print(f"{path}: {', '.join(other)} not followed", file=sys.stderr)
     return config
 
 

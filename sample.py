@@ -65,7 +65,7 @@ def parse(argv=None):
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number {what}")
     if not 0 <= args.seed < 1 << 63:
         p.error(f"--seed {args.seed}: give a number from 0 to 2**63 - 1")
-    if args.explain and (not args.explain.endswith(".png") or not Path(args.explain).parent.is_dir()):
+    if args.explain and (Path(args.explain).suffix != ".png" or not Path(args.explain).parent.is_dir()):
         p.error(f"--explain {args.explain}: give a .png file in a directory that exists")
     if args.explain and not args.image:
         p.error("--explain draws an image: give one with --image")

@@ -71,7 +71,8 @@ def find(name):
                          "llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
     from huggingface_hub import snapshot_download  # half a second to import, and only hub ids need it
     try:
-        small = ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"]
+        small = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
+                 "model.safetensors.index.json"]
         directory = snapshot_download(name, allow_patterns=small)
         return Path(snapshot_download(name, allow_patterns=[f.name for f in weight_files(directory)]))
     except Exception as e:  # the hub's own errors, the network's, and those of a proxy between

@@ -464,6 +464,22 @@ def test_no_setting_is_without_a_limit():
     assert {f.name for f in dataclasses.fields(settings.Config)} == set(settings.LIMITS) | of_lists
 
 
+@pytest.mark.parametrize("key, value", [("image_mean", [0.48, 0.46, 0.41]), ("image_std", [1, 1, 1]),
+                                        ("do_normalize", False), ("do_rescale", "no")])
+def test_pixels_are_prepared_as_the_checkpoint_says_or_not_at_all(key, value, tmp_path):
+    fine = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5] * 3, "do_normalize": True, "size": {"height": 32}}
+    (tmp_path / "a").mkdir()
+    reload("llava-hf", tmp_path / "a", preprocessor_config=fine)
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: {key} "):
+        reload("llava-hf", tmp_path, preprocessor_config={**fine, key: value})
+
+
+@pytest.mark.parametrize("setting", [{"repetition_penalty": 1.1}, {"suppress_tokens": [5]}, {"min_new_tokens": 3}])
+def test_what_generation_does_not_follow_is_named(setting, tmp_path, capsys):
+    reload("llava-hf", tmp_path, generation_config={"repetition_penalty": 1.0, "eos_token_id": 2, **setting})
+    assert f"generation_config.json: {next(iter(setting))} not followed" in capsys.readouterr().err
+
+
 def test_the_single_file_comes_before_the_shards(good):
     """As in transformers; a training tool may have left older shards and their index beside it."""
     new = tiny.model(seed=1, visor=False)
