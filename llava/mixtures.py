@@ -59,8 +59,8 @@ def read_mixture(path):
         files += [(file if os.path.exists(file) else path.parent / file, strategy) for file in map(Path, names)]
         unknown |= {str(key) for key in entry} - {"json_path", "sampling_strategy"}
     if unknown:
-        print(f"{path}: {', '.join(x[:40] for x in sorted(unknown)[:9])} not used; known are json_path and sampling_strategy",
-              file=sys.stderr)
+        names = ", ".join(x[:40] for x in sorted(unknown)[:9])
+        print(f"{path}: {names} not used; known are json_path and sampling_strategy", file=sys.stderr)
     return files
 
 
