@@ -122,7 +122,7 @@ def read_rows(file, **types):
 
 
 def append_rows(file, rows):
-    """Adds dicts to a .jsonl file, which is as valid as before when that fails. Raises ValueError."""
+    """Adds dicts to a .jsonl file; a line that is cut off by a failure, read_rows passes over. Raises ValueError."""
     with writing(file), open(file, "a") as f:
         f.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint as run_twice
 from tqdm import tqdm
 
 import router
-from checkpoints import SETTINGS, damaged, drop_rows_after, locked, newest, read_state, restore, save
+from checkpoints import SETTINGS, damaged, drop_rows_after, is_checkpoint, locked, newest, read_state, restore, save
 from cli import NANO, Parser, Unwritable, append_rows, checkpoint_path, free_threads, interrupts, placement, run
 from config import checked, read_config
 from flops import sa_name
@@ -297,7 +297,7 @@ def first_model(stage, source, args, out):
         raise ValueError("nothing to start from: give a checkpoint with --model, or an --out with an earlier stage")
     source = source or (NANO if stage == 3 else DENSE)
     model = VLM.from_pretrained(source)
-    if model.config.stage in "0123" and (Path(source) / "state.json").is_file():
+    if is_checkpoint(Path(source)):  # of a run; a copy under another name is a model as any other
         state = read_state(Path(source))
         if state["step"] < state["steps"]:
             print(f"{source} has only {state['step']} of its {state['steps']} steps", file=sys.stderr)

@@ -192,6 +192,14 @@ def test_the_threshold_is_above_what_smoothing_gives_to_wrong_ones(smoothing, n)
     assert router.conservative_threshold(0.06, 6) == pytest.approx(0.02)
 
 
+def test_a_copy_of_a_checkpoint_is_a_model_as_any_other(files, stopped, tmp_path, capsys):
+    """Under another name it begins a stage; under its own, the line says that its stage is not at its end."""
+    shutil.copytree(stopped / "stage2-000002", tmp_path / "mine")
+    for model, unfinished in ((tmp_path / "mine", False), (stopped / "stage2-000002", True)):
+        assert call(*arguments(files, tmp_path / model.name, "--steps", 1, model=model)) == 0
+        assert ("has only 2 of its 4 steps" in capsys.readouterr().err) == unfinished
+
+
 # --- resuming ---
 
 @pytest.fixture(scope="module")
