@@ -6,7 +6,7 @@ asks the same questions in every configuration.
 from typing import NamedTuple
 
 from config import branch_layers
-from layers import KV, LayerCache, Past, TokenLayout, make_layout
+from layout import KV, LayerCache, Past, TokenLayout, compute_dtype, make_layout
 
 
 class Segment(NamedTuple):
@@ -49,7 +49,7 @@ class CacheTree:
     def extend(self, t, v, positions):
         """Adds a segment, and runs it through the layers that all configurations share.
         t (B, Nt, d), v (B, Nv, d) as they enter layer 0; positions: t_pos, v_pos, v_img."""
-        layout = make_layout(*positions, self.past, self.language_model.config, t.device)
+        layout = make_layout(*positions, self.past, self.language_model.config, t.device, compute_dtype(t))
         self.segments.append(Segment(positions, self.past, layout))
         self.past = self.past.extend(*positions[:2])
         self.run_node(self.root, t, v, layout)
@@ -90,9 +90,10 @@ class CacheTree:
     def select(self, rows):
         """A tree for some samples of the batch, with copies of what all configurations share."""
         new = CacheTree(self.language_model, self.configurations, len(rows), self.capacity)
+        like, _ = self.root.outputs[0]
         for positions, *_ in self.segments:
             positions = tuple(x[rows] for x in positions)
-            layout = make_layout(*positions, new.past, self.language_model.config, self.root.outputs[0][0].device)
+            layout = make_layout(*positions, new.past, self.language_model.config, like.device, compute_dtype(like))
             new.segments.append(Segment(positions, new.past, layout))
             new.past = new.past.extend(*positions[:2])
         new.root.outputs = [(t[rows], v[rows]) for t, v in self.root.outputs]

@@ -20,11 +20,10 @@ from config import group_by_configuration
 from data import Prompt, collate, target_mask
 from encoders.siglip import VisionTower
 from flops import llm_flops
-from layers import (Block, Connector, CrossAttention, DecodeLayout, LayerCache, Past, Policy, make_layout,
-                    make_routing_layout, round_up, upload)
+from decoding import NOT_FINITE, decode, sample_token
+from layers import Block, Connector, CrossAttention, Policy, RMSNorm
+from layout import LayerCache, Past, compute_dtype, make_layout, make_routing_layout, round_up, upload
 from reduction import reduce
-
-NOT_FINITE = -1  # in place of a token, or of a choice: the numbers that it would be made from are not finite
 
 
 class LanguageModel(nn.Module):
@@ -36,7 +35,7 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab, c.hidden)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))         # TL_l
         self.cross = nn.ModuleDict({str(l): CrossAttention(c) for l in c.ca})  # L_CA of the paper; sa is L_SA
-        self.norm = nn.RMSNorm(c.hidden, c.rms_eps)
+        self.norm = RMSNorm(c.hidden, c.rms_eps)
 
     def run(self, t, v, layout, sa, start=0, stop=None, cache=None):
         """Layers start to stop - 1 (default: all) in configuration sa: Eq. 3; with every layer in sa it is Eq. 1.
@@ -57,7 +56,7 @@ class LanguageModel(nn.Module):
                 t = block(t, layout.joint_text_queries, kv.self_attn, context=layout.interleave(v, t))
             else:
                 if l in self.config.ca and layout.cross is not None:          # case 2: Z, and below TL_l(Z)
-                    t = t + self.cross[str(l)](t, v, layout.cross, kv.cross)  # Eq. 2
+                    t = self.cross[str(l)](t, v, layout.cross, kv.cross)      # Eq. 2
                 t = block(t, layout.text, kv.self_attn)                       # case 3: TL_l(T)
         return t, v
 
@@ -89,12 +88,16 @@ class VLM(nn.Module):
         return [*self.vision_tower.encoder["layers"], *self.language_model.layers, *self.language_model.cross.values()]
 
     def compile(self, **how):
-        """torch.compile for SigLIP's blocks and the second half of Qwen2's: no mask, no cache, so that a graph serves
-        all layers, configurations and image sizes. Whole blocks took 40 graphs for 20 images, this takes 6."""
+        """torch.compile for all that takes tokens one by one, norms, projections, rotary positions and MLPs, and for
+        SigLIP's blocks. Attention over caches and masks of any length is a kernel of its own already: so few graphs
+        serve all layers, configurations, picture sizes and the decoding."""
+        how = {"dynamic": True, **how}
         for block in self.vision_tower.encoder["layers"]:
-            block.compile(dynamic=True, **how)
-        for block in self.language_model.layers:  # attention stays eager: masks and caches change its shapes
-            block.mlp_residual = torch.compile(block.mlp_residual, dynamic=True, **how)
+            block.compile(**how)
+        for module in (*self.language_model.layers, *self.language_model.cross.values()):
+            for name in ("before_attention", "after_attention", "queries", "keys_values"):
+                if hasattr(module, name):
+                    setattr(module, name, torch.compile(getattr(module, name), **how))
 
     @contextmanager
     def observe_attention(self, observer):
@@ -152,7 +155,8 @@ class VLM(nn.Module):
 
     def layout(self, batch):
         """The TokenLayout of a data.Batch that nothing comes before."""
-        return make_layout(*batch.positions, Past.empty(len(batch.ids)), self.config, self.device)
+        return make_layout(*batch.positions, Past.empty(len(batch.ids)), self.config, self.device,
+                           compute_dtype(self.image_newline))
 
     # --- forward ---
 
@@ -229,7 +233,8 @@ class VLM(nn.Module):
             raise ValueError('this cache was not made for the router: prefill with "auto"')
         most = max(map(len, answer_starts))                    # K
         starts = np.array([list(row) + [row[-1]] * (most - len(row)) for row in answer_starts])  # (B, K)
-        layout = make_routing_layout(*newest.positions[:2], newest.past, starts, self.config, self.device)
+        layout = make_routing_layout(*newest.positions[:2], newest.past, starts, self.config, self.device,
+                                     compute_dtype(self.router.token))
         token = self.router.token.expand(*starts.shape, -1)                                      # (B, K, d)
         z, _ = self.language_model.run(token, token[:, :0], layout, shared.sa, 0, shared.stop, shared.cache)
         return self.router(z)
@@ -281,41 +286,18 @@ class VLM(nn.Module):
                 sampler = partial(sample_token, temperature=temperature, top_p=top_p,
                                   random=torch.Generator(device).manual_seed(seed))
                 emit = on_token and (lambda i, token, rows=rows: on_token(rows[i], token))
-                found = self._decode(logits, branch.past, position, own, cache, max_tokens, sampler, emit)
+                found = decode(self, logits, branch.past, position, own, cache, max_tokens, sampler, emit)
                 for i, answer in zip(rows, found):
                     answers[i] = answer
         return answers
 
-    def _decode(self, logits, past, position, sa, cache, max_tokens, sampler, on_token):
-        """The answers that begin by logits (B, vocab), token by token; their first tokens stand at position (B,)."""
-        answers, running = [[] for _ in range(len(logits))], set(range(len(logits)))
-        taken, stretch, stop_ids = 0, min(max_tokens, 256), {self.stop_id, *self.config.stop_ids}
-        layout = DecodeLayout(past, position, stretch, self.config, self.device)
-        while True:
-            tokens = sampler(logits)                     # (B,)
-            for i, token in enumerate(tokens.tolist()):  # the only thing that is read back from the device
-                if token == NOT_FINITE:
-                    raise not_finite("the language model's output", logits.dtype)
-                if i not in running:                     # it goes on with the batch; its tokens are dropped
-                    continue
-                if token not in stop_ids:                # they are not part of the answer
-                    answers[i].append(token)
-                    if on_token:
-                        on_token(i, token)
-                if token in stop_ids or len(answers[i]) == max_tokens:
-                    running.discard(i)
-            if not running:
-                return answers
-            if not layout.steps:  # a very long answer: its next stretch
-                taken, stretch = taken + stretch, min(256, max_tokens - taken - stretch)
-                now = past._replace(text=past.text + taken)
-                layout = DecodeLayout(now, position + taken, stretch, self.config, self.device)
-            logits = self.decode_step(tokens, layout.step(), sa, cache)
-
     def decode_step(self, tokens, layout, sa, cache):
-        """One token for each sample: tokens (B,) -> logits (B, vocab) of what follows."""
-        t = self.language_model.embed_tokens(tokens[:, None])                 # (B, 1, d)
-        t, _ = self.language_model.run(t, t[:, :0], layout, sa, cache=cache)  # no new vision: (B, 0, d)
+        """One token for each sample: tokens (B,) -> logits (B, vocab) of what follows. layout: DecodeLayout.
+
+        It reads nothing back, its tensors stay where they are and have one shape: as a whole it is one graph for
+        torch.compile(fullgraph=True, dynamic=False), and for a CUDA graph."""
+        t = self.language_model.embed_tokens(tokens[:, None])                        # (B, 1, d)
+        t, _ = self.language_model.run(t, t[:, :0], layout.step(), sa, cache=cache)  # no new vision: (B, 0, d)
         return self.head(self.language_model.norm(t[:, -1]))
 
     @property
@@ -411,7 +393,7 @@ class VLM(nn.Module):
     def from_pretrained(cls, name, dtype=torch.float32, device="cpu"):
         """Loads a checkpoint directory, a hub id, or "SIGLIP+QWEN2": two directories or ids and a new connector.
 
-        Raises ValueError with one line that names the file and the mend. Notes on stderr what it loaded."""
+        dtype: of torch, or "auto", see cli.choose_dtype. Raises ValueError with one line that names the file and the mend. Notes on stderr what it loaded."""
         return weights.load(cls, name, dtype, device)
 
     def save_pretrained(self, directory, tensors=None):
@@ -432,17 +414,3 @@ class VLM(nn.Module):
             cross = CrossAttention(self.config).to(device, dtype)
             cross.start_from(self.language_model.layers[int(l)])
             self.language_model.cross[l] = cross
-
-
-def sample_token(logits, temperature, top_p, random):
-    """The next token of each row of logits (B, vocab): the likeliest, or drawn from the nucleus. Returns (B,), with
-    NOT_FINITE where logits are not: the token is read back anyway, so that costs no wait of its own."""
-    finite = logits.isfinite().all(-1)                       # (B,)
-    if temperature == 0:
-        return logits.argmax(-1).where(finite, NOT_FINITE)
-    logits = logits.where(finite[:, None], 0).float()
-    logits = logits - logits.amax(-1, keepdim=True)          # nothing overflows, however low the temperature
-    p, order = (logits / max(temperature, 1e-30)).softmax(-1).sort(-1, descending=True)  # (B, vocab) each
-    out = p.cumsum(-1) - p >= top_p                  # tokens before which top_p has gathered; never the first
-    p[:, 1:] = p[:, 1:].masked_fill(out[:, 1:], 0)
-    return order.gather(-1, torch.multinomial(p, 1, generator=random))[:, 0].where(finite, NOT_FINITE)

@@ -360,8 +360,7 @@ def main(argv=None):
         raise ValueError("--out needs matplotlib: pip install matplotlib")
     torch.set_num_threads(args.threads or free_threads())
     directory = Path(checkpoint_path(args.model))
-    device, dtype = placement(args.device, args.dtype)
-    model = VLM.from_pretrained(directory, dtype, device)
+    model = VLM.from_pretrained(directory, args.dtype, placement(args.device))
     c = model.config
     if not c.sa:
         raise ValueError(f"{directory} is a dense model: train stages 1 and 2 first")

@@ -50,7 +50,7 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, default=0, help="for --temperature (default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                   help="(default: auto)")
+                   help="(default: auto: bfloat16 on CUDA and on processors with AMX tiles, else float32)")
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     p.add_argument("--explain", metavar="FILE.png", help="draw where the (last) answer's attention went, by layer")
     p.add_argument("--json", action="store_true", help="one JSON object per question instead of plain answers")
@@ -143,14 +143,14 @@ def main(argv=None):
     args = parse(argv)
     images = [data.load_image(path) for path in args.image]  # before the model: mistakes show at once
     texts = [text_of(q, len(images)) for q in args.q]
-    device, dtype = placement(args.device, args.dtype)
+    device = placement(args.device)
 
     import torch  # 1.5 s
 
     from model import VLM
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = VLM.from_pretrained(checkpoint_path(args.model), dtype, device)
+    model = VLM.from_pretrained(checkpoint_path(args.model), args.dtype, device)
     if args.pack is not None:
         model.add_packing(args.pack)
     c, single = model.config, len(images) == 1

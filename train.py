@@ -38,6 +38,7 @@ from parallel import Distributed, full_tensor, shard
 from toy import world
 from toy.muon import Muon
 from toy.training import RECIPES, ToyBatches, init_weights, matrices_of
+from weights import parts
 
 DENSE = NANO / "dense"  # where the miniature starts from
 
@@ -60,7 +61,8 @@ def optimizers(model, lr, miniature=False):
     share, betas = (0.1, (0.9, 0.98)) if miniature else (1.0, (0.9, 0.999))
     opts = {}
     if matrices:
-        opts["muon"] = Muon([trained[n] for n in matrices], lr), matrices, lr
+        rows = [[n or len(trained[name]) for n in parts(name, model.config).values()] for name in matrices]
+        opts["muon"] = Muon([trained[n] for n in matrices], lr, rows=rows), matrices, lr
     if others:
         adamw = torch.optim.AdamW([trained[n] for n in others], lr * share, betas=betas, weight_decay=0.0)
         opts["adamw"] = adamw, others, lr * share
@@ -345,7 +347,7 @@ def main(argv=None):
         raise ValueError(f"--data {args.data}: no such file")
     torch.set_flush_denormal(True)  # vanishing gradients of saturated sigmoids would be 100 times slower
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
-    distributed = Distributed(placement(args.device, "float32")[0])
+    distributed = Distributed(placement(args.device))
     out, stages = Path(args.out), [1, 2, 3] if args.stage is None else [args.stage]
     begun = newest(out, stages)
     if begun and not args.resume:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cli import atomic, read_json
+from cli import atomic, choose_dtype, read_json
 from config import join_configs, read_config, short
 from data import load_tokenizer, vocabulary_size
 
@@ -48,6 +48,21 @@ EMBEDDING = "language_model.embed_tokens.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 MEND = "get the checkpoint's files again"
 UNUSED = re.compile(r"vision_tower\.(post_layernorm|head)\.|vision_tower\.embeddings\.position_ids|.*rotary_emb\.")
+
+
+def joined(c):
+    """Products of one input that are one matrix here: {our name: {name in files: rows}}."""
+    wide, narrow = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    return {"qkv_proj": {"q_proj": wide, "k_proj": narrow, "v_proj": narrow},
+            "kv_proj": {"k_proj": narrow, "v_proj": narrow}, "gate_up_proj": {"gate_proj": c.ffn, "up_proj": c.ffn}}
+
+
+def parts(name, c):
+    """{name in files: rows} of one of our parameters; rows None: all of them."""
+    head, _, leaf = name.rpartition(".")
+    head, _, module = head.rpartition(".")
+    found = joined(c).get(module)
+    return {f"{head}.{part}.{leaf}": rows for part, rows in found.items()} if found else {name: None}
 
 
 def our_name(key, config):
@@ -153,11 +168,11 @@ def same_head(files, rows):
 
 def load(kind, name, dtype, device):
     """A model of class `kind`; see VLM.from_pretrained."""
-    parts = [name] if Path(name).is_dir() else str(name).split("+")
-    if len(parts) > 2:
+    sources = [name] if Path(name).is_dir() else str(name).split("+")
+    if len(sources) > 2:
         raise ValueError(f"{name}: give one checkpoint, or two as SIGLIP+QWEN2")
-    directories = [find(part) for part in parts]
-    config = read_config(directories[0]) if len(parts) == 1 else join_configs(*directories)
+    directories = [find(source) for source in sources]
+    config = read_config(directories[0]) if len(sources) == 1 else join_configs(*directories)
     tokenizer = load_tokenizer(directories[-1])
     if (tokens := vocabulary_size(tokenizer)) > config.vocab:
         raise ValueError(f"{directories[-1]}/tokenizer.json has token ids up to {tokens - 1}, the model only "
@@ -172,27 +187,36 @@ def load(kind, name, dtype, device):
             del files["lm_head.weight"]
     with torch.device("meta"):
         model = kind(config)
-    fresh = check(model, files, unexpected, directories, len(parts) == 2)
-    for target, (file, key) in files.items():
-        shape = model.get_parameter(target).shape
-        with open_weights(file) as f:  # opened anew for each tensor, so that memory holds one of them at a time
-            tensor = f.get_slice(key)[:shape[0]] if shape else f.get_tensor(key)
-        owner, _, leaf = target.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+    fresh = check(model, files, unexpected, directories, len(sources) == 2)
+    n = sum(p.numel() for p in model.parameters())
+    dtype, why = choose_dtype(dtype, device, n)
+    for target, p in list(model.named_parameters()):
+        found = [read(*files[name], rows or p.shape[0]) for name, rows in parts(target, config).items() if name in files]
+        if found:  # else its module is new
+            owner, _, leaf = target.rpartition(".")
+            tensor = found[0] if len(found) == 1 else torch.cat(found)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
     for module in fresh:
         model.init_module(module, dtype, device)
     model.tokenizer = tokenizer
-    n = sum(p.numel() for p in model.parameters())
-    notes = [f"{name}: {n / 1e6:,.1f} M parameters", f"{str(dtype)[6:]} on {device}"]
+    notes = [f"{name}: {n / 1e6:,.1f} M parameters", f"{str(dtype)[6:]} on {device} ({why})"]
     notes += ["head tied to the embedding"] * config.tied + [f"new: {', '.join(fresh)}"] * bool(fresh)
     notes += ["RANDOM weights: answers mean nothing"] * (config.stage == "random")
     print(", ".join(notes), file=sys.stderr)
     return model.eval()
 
 
+def read(file, key, rows):
+    """The first rows of a tensor in a file, opened anew for each, so that memory holds one of them at a time."""
+    with open_weights(file) as f:
+        return f.get_slice(key)[:rows]
+
+
 def check(model, files, unexpected, directories, joined):
     """Compares names and shapes before anything is read; returns the modules that may and will start fresh."""
-    where, wanted = " + ".join(map(str, directories)), dict(model.named_parameters())
+    where, wanted = " + ".join(map(str, directories)), {}  # wanted: {name in files: shape}
+    for target, p in model.named_parameters():
+        wanted |= {name: (rows or p.shape[0], *p.shape[1:]) for name, rows in parts(target, model.config).items()}
     missing, unexpected = sorted(set(wanted) - set(files)), sorted([*unexpected, *(set(files) - set(wanted))])
     may_be_new = r"language_model\.cross\.\d+|router" + (r"|multi_modal_projector|image_newline" if joined else "")
     fresh = {m[0] for name in missing if (m := re.match(may_be_new, name))}
@@ -205,7 +229,7 @@ def check(model, files, unexpected, directories, joined):
                          "weights from the same place")
     for name, (file, key) in files.items():
         with open_weights(file) as f:
-            shape, want = tuple(f.get_slice(key).get_shape()), tuple(wanted[name].shape)
+            shape, want = tuple(f.get_slice(key).get_shape()), wanted[name]
             if (kind := f.get_slice(key).get_dtype()) not in FLOATS:
                 raise ValueError(f"{file}: {key} is {kind}: quantised weights are not supported, only "
                                  f"{', '.join(FLOATS)}; get the checkpoint that they were made of")
@@ -224,7 +248,12 @@ def write(model, directory, tensors):
         beside.mkdir()
         (beside / "config.json").write_text(model.config.to_json())
         tensors = tensors or {k: v.detach() for k, v in model.named_parameters()}
-        write_tensors(tensors, beside / "model.safetensors")
+        named = {}
+        for target, tensor in tensors.items():
+            names = parts(target, model.config)
+            rows = [n or len(tensor) for n in names.values()]
+            named |= dict(zip(names, tensor.split(rows)))
+        write_tensors(named, beside / "model.safetensors")
         shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors makes it private
         if model.tokenizer is not None:
             (beside / "tokenizer.json").write_text(model.tokenizer.to_str(pretty=True))

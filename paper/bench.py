@@ -25,7 +25,7 @@ from config import PAPER_VIABLE, preset
 from data import collate, tiling
 from encoders.siglip import VisionTower
 from flops import answer_flops, cache_bytes, connector_flops, llm_flops, router_flops, sa_name, tower_flops
-from layers import Past, make_layout
+from layout import Past, make_layout
 from model import Connector, LanguageModel
 from paper.systems import (ANSWER, IMAGES, TEXT, Ours, Theirs, bandwidth, device, machine, matmul_rate, peak_bytes,
                            random_module, seconds)

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import collate, encode, labelled, process_image, turns_to_learn
-from layers import DecodeLayout
+from layout import DecodeLayout
 from model import VLM
 from tests import tiny
 
@@ -46,7 +46,7 @@ def test_training_prefill_and_decoding_on_the_meta_device(sa):
     loss.backward()
     opt = torch.optim.AdamW(m.parameters(), 1e-3, foreach=False)
     opt.step()
-    assert loss.device.type == "meta" and m.language_model.layers[1].mlp.up_proj.weight.grad is not None
+    assert loss.device.type == "meta" and m.language_model.layers[1].mlp.gate_up_proj.weight.grad is not None
     with torch.no_grad():
         tree = m.new_tree([sa], 2, batch.ids.shape[1], batch.v_pos.shape[1])
         m.extend(tree, batch)
@@ -54,7 +54,7 @@ def test_training_prefill_and_decoding_on_the_meta_device(sa):
         assert t.shape == (2, batch.ids.shape[1], 64)
         layout = DecodeLayout(tree.past, np.array([p.end for p in prompts]), 9, m.config, m.device)
         for _ in range(2):
-            logits = m.decode_step(torch.zeros(2, dtype=torch.long, device="meta"), layout.step(), sa, cache)
+            logits = m.decode_step(torch.zeros(2, dtype=torch.long, device="meta"), layout, sa, cache)
         assert logits.shape == (2, 259) and logits.device.type == "meta"
         more = collate([encode("why?", tiny.tokenizer(), start=p.end) for p in prompts])
         m.extend(tree, more)
@@ -138,7 +138,7 @@ def test_autocast_with_caches(sa):
         h = m.language_model.norm(tree.run(sa)[0])
         whole = m(collate([encode("a <image>what is this?", m.tokenizer, [image])]), sa)
         assert m.answer(tree, encode("so?", m.tokenizer, start=tree.end), max_tokens=4)
-    kept = [kv.k.dtype for layer in tree.root.cache for kv in layer if kv.k is not None]
+    kept = [cache.kv.dtype for layer in tree.root.cache for cache in layer if cache.kv is not None]
     assert set(kept) == {torch.bfloat16}
     exact = m(collate([encode("a <image>what is this?", m.tokenizer, [image])]), sa)[:, len(prefix.ids):]
     noise = (whole[:, len(prefix.ids):] - exact).abs().max()

@@ -7,7 +7,8 @@ from PIL import Image
 
 import explain
 from data import Prompt, chatml, collate, encode, join, process_image, split_shared
-from layers import rope_table, rotate
+from layers import rotate
+from layout import rope_table
 from tests import tiny
 
 DENSE = tuple(range(6))
@@ -42,15 +43,17 @@ def slow_attention(m, prompt, answer, sa):
         if l in sa:
             x, pos = torch.cat([v, t]), torch.cat([v_pos, t_pos])  # vision first, whatever the order of the tokens is
             attn, h = lm.layers[l].self_attn, lm.layers[l].input_layernorm(x)
-            rope = rope_table(pos[None], c.head_dim, c.rope_theta)
-            q = rotate(attn.q_proj(h).view(1, len(x), c.heads, c.head_dim), rope)[0, len(v):]
-            k = rotate(attn.k_proj(h).view(1, len(x), c.kv_heads, c.head_dim), rope)[0]
+            qkv = attn.qkv_proj(h).view(1, len(x), c.heads + 2 * c.kv_heads, c.head_dim)
+            q, k, _ = rotate(qkv, c.heads + c.kv_heads, rope_table(pos[None], c))[0].split(
+                [c.heads, c.kv_heads, c.kv_heads], dim=1)
+            q = q[len(v):]
         else:
             attn, image = lm.cross[str(l)], torch.tensor(whole.v_img)
             own = [v[image == i].T[None] for i in range(len(whole.images))]
             placed = [F.conv1d(x, attn.cpe.weight, attn.cpe.bias, padding=3, groups=c.hidden)[0].T for x in own]
             q = attn.q_proj(attn.q_norm(t)).view(-1, c.heads, c.head_dim)
-            k, pos = attn.k_proj(attn.kv_norm(v + torch.cat(placed))).view(-1, c.kv_heads, c.head_dim), v_pos
+            kv = attn.kv_proj(attn.kv_norm(v + torch.cat(placed))).view(-1, 2 * c.kv_heads, c.head_dim)
+            k, pos = kv[:, :c.kv_heads], v_pos
         weights = []
         for row in rows:
             for head in range(c.heads):

@@ -12,7 +12,7 @@ from cache_tree import CacheTree
 from cli import run
 from config import Config, preset
 from data import chatml, collate, encode, process_image
-from layers import make_layout, round_up
+from layout import make_layout, round_up
 from model import VLM
 from paper import numbers
 from reduction import reduce
@@ -112,7 +112,7 @@ def test_encoder_and_connector(pack, widen):
 def nbytes(tree):
     """What the buffers of a tree of one node take."""
     assert not tree.root.children
-    buffers = [x for layer in tree.root.cache for kv in layer for x in (kv.k, kv.v)]
+    buffers = [cache.kv for layer in tree.root.cache for cache in layer]
     return sum(x.nbytes for x in buffers if x is not None)
 
 

@@ -541,9 +541,8 @@ def test_new_cross_attention_starts_from_its_layers_self_attention():
     m = tiny.model(visor=False).add_cross_attention()
     for l, cross in m.language_model.cross.items():
         block = m.language_model.layers[int(l)]
-        for part in ("q_proj", "k_proj", "v_proj"):
-            for x, y in zip(getattr(cross, part).parameters(), getattr(block.self_attn, part).parameters()):
-                assert torch.equal(x, y)
+        for x, y, z in zip(*(p.parameters() for p in (cross.q_proj, cross.kv_proj, block.self_attn.qkv_proj))):
+            assert torch.equal(torch.cat([x, y]), z)
         assert torch.equal(cross.q_norm.weight, block.input_layernorm.weight)
         assert torch.equal(cross.kv_norm.weight, block.input_layernorm.weight)
         assert not cross.o_proj.weight.any() and not cross.cpe.weight.any() and not cross.cpe.bias.any()

@@ -132,8 +132,10 @@ def test_each_question_is_answered_by_its_own_route():
     assert len(set(wanted)) >= 3
     rows, vision = dict.fromkeys(range(12), 0), len(prefix.v_pos)
     for l, block in enumerate(m.language_model.layers):
-        block.self_attn.k_proj.register_forward_pre_hook(
-            lambda _, args, l=l: rows.update({l: rows[l] + (args[0].shape[1] >= vision)}))
+        def project(x, context, *ropes, l=l, real=block.self_attn.project):
+            rows[l] += (x if context is None else context).shape[1] >= vision
+            return real(x, context, *ropes)
+        block.self_attn.project = project
     tree = m.prefill([prefix], "auto")
     assert [l for l in rows if rows[l]] == [1]
     for i in [*range(12), 3, 0, 7]:

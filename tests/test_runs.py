@@ -101,10 +101,15 @@ def test_evaluation_refuses_losses_that_are_not_finite():
         router.all_results(model.remove_router(), eval_set, model.config.viable)
 
 
-def test_auto_is_never_float16(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
-    assert cli.placement("cuda", "auto")[1] == torch.float32
+@pytest.mark.parametrize("device, has_it, parameters, chosen", [
+    ("cuda", True, 1e6, torch.bfloat16), ("cuda:1", True, 1e9, torch.bfloat16), ("cuda", False, 1e9, torch.float32),
+    ("cpu", True, 1e9, torch.bfloat16), ("cpu", True, 7e5, torch.float32), ("cpu", False, 1e9, torch.float32)])
+def test_auto_is_bfloat16_where_it_is_fast_and_never_float16(device, has_it, parameters, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_it)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_it)
+    assert cli.choose_dtype("auto", device, parameters)[0] == chosen
+    for asked in ("float16", torch.float16):
+        assert cli.choose_dtype(asked, device, parameters)[0] == torch.float16
 
 
 # --- runs that learn nothing ---

@@ -13,7 +13,7 @@ ORDER = """cli config data flops
            toy.font toy.world toy.muon toy.training toy.__main__ toy
            llava.index llava.mixtures llava.samples llava.batches llava.__main__ llava
            report explain parallel
-           layers encoders.siglip encoders reduction cache_tree weights model
+           layout layers encoders.siglip encoders reduction cache_tree decoding weights model
            checkpoints router train sample
            paper.numbers paper.systems paper.ablate paper.bench paper.miniature paper.routing paper""".split()
 NO_TORCH = "config data flops cli toy.world llava.samples".split()  # so that flops.py and every --help answer at once

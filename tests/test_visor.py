@@ -14,7 +14,7 @@ from torch import nn
 
 from config import PAD
 from data import IMAGE, Prompt, chatml, collate, encode, join, place_images, process_image, split_shared
-from layers import Past, make_layout
+from layout import Past, make_layout
 from model import VLM
 from tests import tiny
 
@@ -80,12 +80,23 @@ def diff(a, b):
 
 
 @contextmanager
-def counting(modules):
-    """Rows (tokens) that go into each module of a dict, by name."""
+def counting(modules, attentions=()):
+    """Rows (tokens) that go into each module of a dict, by name, and into products for queries and for keys of the
+    attentions of some layers: ("q", number), ("k", number)."""
     rows = dict.fromkeys(modules, 0)
     hooks = [module.register_forward_pre_hook(lambda _, args, name=name: rows.update(
         {name: rows[name] + args[0].shape[:-1].numel()})) for name, module in modules.items()]
+    for l, attention in enumerate(attentions):
+        rows["q", l] = rows["k", l] = 0
+
+        def project(x, context, *ropes, l=l, real=attention.project):
+            rows["q", l] += x.shape[:-1].numel()
+            rows["k", l] += (x if context is None else context).shape[:-1].numel()
+            return real(x, context, *ropes)
+        attention.project = project
     yield rows
+    for attention in attentions:
+        del attention.project
     for hook in hooks:
         hook.remove()
 
@@ -114,8 +125,9 @@ def slow_rotary(x, c):
 
 def slow_block(block, x, may_look, c):
     h, a = block.input_layernorm(x), block.self_attn
-    q, k = slow_rotary(a.q_proj(h), c), slow_rotary(a.k_proj(h), c)
-    x = x + a.o_proj(slow_attention(q, k, a.v_proj(h), may_look, c))
+    q, k, v = a.qkv_proj(h).split([n * c.head_dim for n in (c.heads, c.kv_heads, c.kv_heads)], dim=1)
+    q, k = slow_rotary(q, c), slow_rotary(k, c)
+    x = x + a.o_proj(slow_attention(q, k, v, may_look, c))
     return x + block.mlp(block.post_attention_layernorm(x))
 
 
@@ -128,7 +140,7 @@ def slow_cross(cross, x, is_text, image, c):
             y = y.index_add(0, torch.tensor([i]), x[i + j:i + j + 1] * cross.cpe.weight[:, 0, j + 3])
     y = cross.kv_norm(y)
     may_look = torch.ones(len(x), len(x)).tril(-1).bool() & ~is_text
-    return cross.o_proj(slow_attention(cross.q_proj(cross.q_norm(x)), cross.k_proj(y), cross.v_proj(y), may_look, c))
+    return cross.o_proj(slow_attention(cross.q_proj(cross.q_norm(x)), *cross.kv_proj(y).chunk(2, dim=1), may_look, c))
 
 
 def slow(lm, t, v, prompt, sa, frozen=()):
@@ -236,7 +248,7 @@ def test_only_later_text_attends_to_an_image(sa, which):
     b = encode(text, m.tokenizer, [images[2], images[1]] if which == 0 else [images[0], images[2]])
     looked = {}
     for l, cross in m.language_model.cross.items():
-        cross.register_forward_hook(lambda _, args, y, l=l: looked.update({int(l): y[0]}))
+        cross.register_forward_hook(lambda _, args, y, l=l: looked.update({int(l): (y - args[0])[0]}))
     (x,), (y,) = logits(m, [a], sa), logits(m, [b], sa)
     before = torch.tensor(a.t_pos) < starts(a)[which]
     assert diff(x[before], y[before]) <= 1e-6
@@ -284,9 +296,8 @@ def test_dead_vision_is_not_computed(ca, sa):
         loss = sum((x * w[:len(x)]).sum() for x, w in zip(out, weight))
         return out, torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
-    watched = {(kind, l): module for l, b in enumerate(lm.layers)
-               for kind, module in (("mlp", b.mlp), ("q", b.self_attn.q_proj), ("k", b.self_attn.k_proj))}
-    with counting(watched) as rows:
+    watched = {("mlp", l): block.mlp for l, block in enumerate(lm.layers)}
+    with counting(watched, [block.self_attn for block in lm.layers]) as rows:
         out, grads = run(lambda t, v: [h[:len(p.ids)] for h, p in zip(lm(t, v, layout, sa), prompts)])
     expected, slow_grads = run(lambda t, v: [slow(lm, t[i, :len(p.ids)], v[i, :len(p.v_pos)], p, sa)
                                              for i, p in enumerate(prompts)])
@@ -334,12 +345,13 @@ def test_answer_after_prefill(sa, images):
     first = m.answer(tree, questions[0], max_tokens=8)
     assert first == m.generate([whole[0]], sa, max_tokens=8)[0] and len(first) == 8
 
-    text_rows = dict(enumerate(x for b in m.language_model.layers for x in (b.mlp, b.self_attn.k_proj)))
-    vision = {"tower": m.vision_tower, **{f"cross {l}": x.k_proj for l, x in m.language_model.cross.items()}}
-    with counting(text_rows | vision) as rows:
+    blocks = m.language_model.layers
+    vision = {"tower": m.vision_tower, **{f"cross {l}": x.kv_proj for l, x in m.language_model.cross.items()}}
+    with counting(dict(enumerate(b.mlp for b in blocks)) | vision, [b.self_attn for b in blocks]) as rows:
         second = m.answer(tree, questions[1], max_tokens=8)
     assert second == m.generate([whole[1]], sa, max_tokens=8)[0] and len(second) == 8
-    assert {rows[x] for x in text_rows} == {len(questions[1].ids) + 7}  # the last token of an answer is not run
+    text_rows = {n for name, n in rows.items() if name not in vision}
+    assert text_rows == {len(questions[1].ids) + 7}  # the last token of an answer is not run
     assert not any(rows[x] for x in vision)
 
     assert m.answer(tree, questions[0], max_tokens=8) == first
@@ -398,7 +410,7 @@ def tensors(x):
     """All tensors inside a tree's caches."""
     if isinstance(x, torch.Tensor):
         return [x]
-    inside = x if isinstance(x, (list, tuple)) else vars(x).values() if hasattr(x, "k") else ()
+    inside = x if isinstance(x, (list, tuple)) else vars(x).values() if hasattr(x, "kv") else ()
     return [t for y in inside for t in tensors(y)]
 
 

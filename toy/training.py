@@ -65,8 +65,9 @@ def init_weights(model):
         elif p.ndim > 1:
             p.normal_(0, 0.8 * p[0].numel() ** -0.5)
     for block in model.language_model.layers:  # queries start near the keys: attention is by content at once
-        key = block.self_attn.k_proj.weight.unflatten(0, (c.kv_heads, -1))                       # (Hkv, D, d)
-        block.self_attn.q_proj.weight += 0.5 * key.repeat_interleave(c.heads // c.kv_heads, 0).flatten(0, 1)
+        heads = block.self_attn.qkv_proj.weight.unflatten(0, (-1, c.head_dim))                   # (H + 2 Hkv, D, d)
+        queries, keys, _ = heads.split([c.heads, c.kv_heads, c.kv_heads])
+        queries += 0.5 * keys.repeat_interleave(c.heads // c.kv_heads, 0)
     return model
 
 

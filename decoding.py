@@ -1,0 +1,87 @@
+"""An answer, token by token: VLM.decode_step makes logits of a token, `sample_token` the next token of logits, `decode`
+repeats both until all samples have ended. On CUDA a step is recorded once and then replayed, as its hundreds of small
+kernels take longer to start than to run.
+"""
+import torch
+
+from cli import not_finite
+from layout import DecodeLayout, compute_dtype
+
+NOT_FINITE = -1  # in place of a token, or of a choice: the numbers that it would be made from are not finite
+STRETCH = 1024   # steps for which caches are laid out at once
+
+
+def decode(model, logits, past, position, sa, cache, max_tokens, sampler, on_token=None):
+    """The answers (token id lists) that begin by logits (B, vocab).
+
+    past, cache: what came before, as in CacheTree; position (B,): where the first tokens stand; sampler: logits ->
+    tokens (B,); on_token(i, id) is called for each token as it comes. An answer ends before one of the model's stop
+    tokens. Raises ValueError where logits are not finite.
+    """
+    answers, running, taken, steps = [[] for _ in range(len(logits))], set(range(len(logits))), 0, None
+    stop_ids = {model.stop_id, *model.config.stop_ids}
+    while True:
+        tokens = sampler(logits)                     # (B,)
+        for i, token in enumerate(tokens.tolist()):  # the only thing that is read back from the device
+            if token == NOT_FINITE:
+                raise not_finite("the language model's output", logits.dtype)
+            if i not in running:                     # it goes on with the batch; its tokens are dropped
+                continue
+            if token not in stop_ids:                # they are not part of the answer
+                answers[i].append(token)
+                if on_token:
+                    on_token(i, token)
+            if token in stop_ids or len(answers[i]) == max_tokens:
+                running.discard(i)
+        if not running:
+            return answers
+        if not (steps and steps.left):               # the first stretch, or a very long answer's next one
+            now = past._replace(text=past.text + taken)
+            steps = Steps(model, now, position + taken, sa, cache, min(max_tokens - taken, STRETCH))
+        logits, taken = steps(tokens), taken + 1
+
+
+class Steps:
+    """The next `left` decoding steps of a batch, over caches of fixed length."""
+
+    def __init__(self, model, past, position, sa, cache, left):
+        """Arguments: as in `decode`."""
+        self.model, self.sa, self.cache, self.left = model, sa, cache, left
+        self.layout = DecodeLayout(past, position, left, model.config, model.device,
+                                   compute_dtype(model.image_newline))
+        for l, layer in enumerate(cache):
+            layer.self_attn.reserve(self.layout.lengths[l in sa])
+        self.tokens, self.graph = None, None  # on CUDA
+
+    def __call__(self, tokens):
+        """tokens (B,) -> logits (B, vocab) of what follows. They stay as they are up to the next call."""
+        self.left -= 1
+        if tokens.device.type != "cuda":
+            return self.step(tokens)
+        if self.tokens is None:  # the first step runs as it is: libraries choose kernels and take their memory
+            self.tokens = tokens.clone()
+            return self.step(self.tokens)
+        self.tokens.copy_(tokens)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, and runs nothing
+                self.logits = self.step(self.tokens)
+        self.graph.replay()
+        return self.logits
+
+    def step(self, tokens):
+        return self.model.decode_step(tokens, self.layout, self.sa, self.cache)
+
+
+def sample_token(logits, temperature, top_p, random):
+    """The next token of each row of logits (B, vocab): the likeliest, or drawn from the nucleus. Returns (B,), with
+    NOT_FINITE where logits are not: the token is read back anyway, so that costs no wait of its own."""
+    finite = logits.sum(-1, dtype=torch.float32).isfinite()  # (B,)
+    if temperature == 0:
+        return logits.argmax(-1).where(finite, NOT_FINITE)
+    logits = logits.where(finite[:, None], 0).float()
+    logits = logits - logits.amax(-1, keepdim=True)          # nothing overflows, however low the temperature
+    p, order = (logits / max(temperature, 1e-30)).softmax(-1).sort(-1, descending=True)  # (B, vocab) each
+    out = p.cumsum(-1) - p >= top_p                  # tokens before which top_p has gathered; never the first
+    p[:, 1:] = p[:, 1:].masked_fill(out[:, 1:], 0)
+    return order.gather(-1, torch.multinomial(p, 1, generator=random))[:, 0].where(finite, NOT_FINITE)
