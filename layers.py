@@ -78,13 +78,13 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, n, rope):
-    """x (B, N, heads, D) with its first n heads at their rotary positions, rotate-half convention: features i and
+    """x (..., heads, D) with its first n heads at their rotary positions, rotate-half convention: features i and
     i + D / 2 form a pair. rope: of layout.rope_table, whose sines have the sign in them."""
     cos, sin = (r.to(x.dtype) for r in rope)  # a copy under FSDP's mixed precision alone
-    head, tail = x[:, :, :n], x[:, :, n:]
+    head, tail = x[..., :n, :], x[..., n:, :]
     in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     turned = torch.addcmul(head * cos, head.roll(x.shape[-1] // 2, -1), sin, out=head if in_place else None)
-    return x if in_place else torch.cat([turned, tail], dim=2)
+    return x if in_place else torch.cat([turned, tail], dim=-2)
 
 
 class Attention(nn.Module):
@@ -99,15 +99,15 @@ class Attention(nn.Module):
         self.o_proj = Linear(c.heads * c.head_dim, c.hidden, bias=False)
         self.observer = None  # called with (q, k, mask) of every forward: see VLM.observe_attention
 
-    def project(self, x, context, rope_q, rope_k):
-        """x (B, Nq, d) gives the queries; context (B, Nk, d) the keys and values, None: x gives these, too. rope_q,
-        rope_k: (cos, sin) of their positions. Returns q (B, Nq, H, D), kv (B, Nk, 2 * Hkv, D): keys, then values."""
-        heads, shape = (self.heads, 2 * self.kv_heads), (-1, self.head_dim)
-        if context is None:
-            qkv = self.qkv_proj(x).unflatten(-1, shape)                        # (B, Nq, H + 2 Hkv, D)
-            return rotate(qkv, self.heads + self.kv_heads, rope_q).split(heads, dim=2)
-        (wq, wkv), (bq, bkv) = (p.split([h * self.head_dim for h in heads])
-                                for p in (self.qkv_proj.weight, self.qkv_proj.bias))
+    def project(self, x, *rope):
+        """x (..., d), rope: (cos, sin) of its positions -> q (..., H, D), kv (..., 2 * Hkv, D): keys, then values."""
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))              # (..., H + 2 Hkv, D)
+        return rotate(qkv, self.heads + self.kv_heads, rope).split((self.heads, 2 * self.kv_heads), dim=-2)
+
+    def project_apart(self, x, context, rope_q, rope_k):
+        """The same where x (B, Nq, d) gives the queries alone, and context (B, Nk, d) the keys and values."""
+        rows, shape = [h * self.head_dim for h in (self.heads, 2 * self.kv_heads)], (-1, self.head_dim)
+        (wq, wkv), (bq, bkv) = self.qkv_proj.weight.split(rows), self.qkv_proj.bias.split(rows)
         q, kv = F.linear(x, wq, bq).unflatten(-1, shape), F.linear(context, wkv, bkv).unflatten(-1, shape)
         return rotate(q, self.heads, rope_q), rotate(kv, self.kv_heads, rope_k)
 
@@ -147,15 +147,17 @@ class Block(nn.Module):
 
     def forward(self, x, at, cache=None, context=None):
         """x (B, Nq, d) is updated; context (B, Nk, d): the tokens it attends to, where they are more than x itself."""
-        q, kv = self.before_attention(x, context, at.rope_q, at.rope_k)
+        if context is None:
+            q, kv = self.before_attention(x, *at.rope_q)
+        else:                                   # V of a layer that does not update it
+            q, kv = self.self_attn.project_apart(self.input_layernorm(x), self.input_layernorm(context),
+                                                 at.rope_q, at.rope_k)
         return self.after_attention(x, self.self_attn.attend(q, kv, at, cache))
 
     # In these two no token meets another, and there is neither cache nor mask; they are what VLM.compile compiles
 
-    def before_attention(self, x, context, rope_q, rope_k):
-        h = self.input_layernorm(x)                                     # pre-norm
-        keys = None if context is None else self.input_layernorm(context)  # V of a layer that does not update it
-        return self.self_attn.project(h, keys, rope_q, rope_k)
+    def before_attention(self, x, *rope):
+        return self.self_attn.project(self.input_layernorm(x), *rope)           # pre-norm
 
     def after_attention(self, x, y):
         x = self.self_attn.o_proj(y, x)
@@ -212,10 +214,11 @@ class CrossAttention(nn.Module):
         return self.o_proj(y if at.has_image is None else y * at.has_image.to(y.dtype), t)
 
     def queries(self, t):
+        """t (..., d) -> (..., H, D)."""
         return self.q_proj(self.q_norm(t)).unflatten(-1, (-1, self.head_dim))
 
     def keys_values(self, v, positions):
-        """v (B, Nv, d) and its positional encoding -> (B, Nv, 2 * Hkv, D)."""
+        """v (..., d) and its positional encoding -> (..., 2 * Hkv, D)."""
         return self.kv_proj(self.kv_norm(v + positions)).unflatten(-1, (-1, self.head_dim))
 
     def positional_encoding(self, v, at):

@@ -91,13 +91,24 @@ class VLM(nn.Module):
         """torch.compile for all that takes tokens one by one, norms, projections, rotary positions and MLPs, and for
         SigLIP's blocks. Attention over caches and masks of any length is a kernel of its own already: so few graphs
         serve all layers, configurations, picture sizes and the decoding."""
-        how = {"dynamic": True, **how}
+        def by_token(f):
+            """f, compiled for tokens in one row: one graph for any number of samples and tokens, one for one token."""
+            compiled = torch.compile(f, dynamic=True, **how)
+
+            def run(*inputs):
+                # Not as views, as a graph is also bound to the form of what its inputs are views of
+                rows = [torch.ops.aten._unsafe_view(x.contiguous(), (-1, *x.shape[2:])) for x in inputs]
+                found = compiled(*rows)
+                shape = inputs[0].shape[:2]
+                return [y.unflatten(0, shape) for y in found] if isinstance(found, tuple) else found.unflatten(0, shape)
+            return run
         for block in self.vision_tower.encoder["layers"]:
-            block.compile(**how)
-        for module in (*self.language_model.layers, *self.language_model.cross.values()):
-            for name in ("before_attention", "after_attention", "queries", "keys_values"):
-                if hasattr(module, name):
-                    setattr(module, name, torch.compile(getattr(module, name), **how))
+            block.compile(dynamic=True, **how)
+        for block in self.language_model.layers:
+            block.before_attention, block.after_attention = map(by_token, (block.before_attention,
+                                                                           block.after_attention))
+        for cross in self.language_model.cross.values():
+            cross.queries, cross.keys_values = by_token(cross.queries), by_token(cross.keys_values)
 
     @contextmanager
     def observe_attention(self, observer):

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 import router
 from checkpoints import SETTINGS, damaged, drop_rows_after, is_checkpoint, locked, newest, read_state, restore, save
-from cli import NANO, Parser, Unwritable, append_rows, checkpoint_path, free_threads, interrupts, placement, run
+from cli import (NANO, Parser, Unwritable, append_rows, checkpoint_path, choose_dtype, free_threads, interrupts,
+                 placement, run)
 from config import checked, read_config
 from flops import sa_name
 from llava.batches import ConversationBatches
@@ -249,7 +250,7 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, metavar="N", help="(default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default: "
-                   "bfloat16 on CUDA, else float32)")
+                   "bfloat16 on CUDA and on processors with AMX tiles, of the miniature float32)")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks (see VLM.compile)")
     p.add_argument("--checkpointing", action="store_true", help="keep only the blocks' inputs and run them twice: "
                    "less memory, a third more time")
@@ -321,9 +322,10 @@ def first_model(stage, source, args, out):
 def first_settings(stage, args, model, samples):
     """The settings of a stage that begins: its recipe, and what the command line gives."""
     given = given_settings(args)
-    dtype = "bfloat16" if model.device.type == "cuda" and samples else "float32"
-    common = {**DEFAULTS, "seed": 0, "save_every": 200, "dtype": dtype,
-              "threads": torch.get_num_threads(), "joined": stage == 0 and model.config.stage == "pretrained"}
+    n = sum(p.numel() for p in model.parameters())
+    dtype, _ = choose_dtype("auto" if samples else "float32", model.device, n)
+    common = {**DEFAULTS, "seed": 0, "save_every": 200, "dtype": str(dtype)[6:], "threads": torch.get_num_threads(),
+              "joined": stage == 0 and model.config.stage == "pretrained"}
     if samples is None:
         return {**common, **RECIPES[stage], "turns": 10, **given}
     if stage == 3:

@@ -1,6 +1,6 @@
 """How fast, against what people use today: transformers' LLaVA-OneVision, ours dense, and VISOR's configurations.
 
-    python -m paper.bench             every row, paper/results/bench-DEVICE.json and .png; about 40 minutes on 2 cores
+    python -m paper.bench             every row, paper/results/bench-DEVICE-DTYPE.json, .png; about 40 minutes on 2 cores
     python -m paper.bench --quick     5 tiles, a few rows, one round; nothing is written
     python -m paper.bench --compare   --quick against that JSON: a ratio that fell by more than a fifth is an error
     python -m paper.bench --measure   seconds of encoder and prefill against the operations that flops.py counts
@@ -14,21 +14,22 @@ import statistics
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cli import Parser, run, timer
+from cli import Parser, choose_dtype, run, timer
 from config import PAPER_VIABLE, preset
 from data import collate, tiling
 from encoders.siglip import VisionTower
 from flops import answer_flops, cache_bytes, connector_flops, llm_flops, router_flops, sa_name, tower_flops
 from layout import Past, make_layout
 from model import Connector, LanguageModel
-from paper.systems import (ANSWER, IMAGES, TEXT, Ours, Theirs, bandwidth, device, machine, matmul_rate, peak_bytes,
-                           random_module, seconds)
+from paper.systems import (ANSWER, IMAGES, TEXT, Kernels, Ours, Theirs, bandwidth, device, machine, matmul_rate,
+                           peak_bytes, random_module, seconds)
 from parallel import LossModule
 from train import optimizers, set_trainable
 
@@ -80,6 +81,26 @@ def explain_seconds(config, configurations, text, vision, tiles, repeat=3):
          "counted": (fixed + llm_flops(config, sa, text, vision)) / rate} for sa in configurations]}
 
 
+def kernel_counts(config, labels):
+    """{label: {"prefill", "token"}}: the kernels that are started for a prompt of one tile and for each further token,
+    without the encoder. They depend on the number of layers, not on their width."""
+    c = replace(config, hidden=config.heads * 8, head_dim=8, ffn=32, vocab=300, vision_hidden=16, vision_heads=2,
+                vision_ffn=16, vision_layers=1)
+    ours, found = Ours(c, torch.float32), {}
+    prompts, images = ours.prompts(1, 1)
+    for label in labels:
+        sa, pack = SYSTEMS[label]
+        system, counts = Theirs(c, torch.float32) if sa is None else ours, []
+        ours.model.config.pack = float(pack)
+        seen = system.encode(images)
+        for tokens in (1, 3):
+            with Kernels() as kernels:
+                system.answer(prompts, seen, sa, {}, tokens)
+            counts.append(kernels.total)
+        found[label] = {"prefill": counts[0], "token": (counts[1] - counts[0]) / 2}
+    return found
+
+
 def measure(ours, theirs, labels, tiles, batch, rounds):
     """{label: {"encoder": seconds, "prefill", "decode" (a token), "peak": bytes that answering takes on top of weights
     and visual tokens}}: medians, for prompts of one image; on CUDA after a round in which its kernels are chosen."""
@@ -126,7 +147,8 @@ def rows(config, found, tiles, batch, rate, speed, itemsize):
         first = m["encoder"] + m["prefill"]
         total = first + (ANSWER - 1) * m["decode"]
         out.append({"system": label, "tiles": tiles, "batch": batch, "visual_tokens": vision, **m, "first": first,
-                    "total": total,
+                    "total": total, "encoder_share": m["encoder"] / first,
+                    "prompts_per_second": batch / (total - m["encoder"]),
                     "tokens_per_second": batch * (TEXT + vision + ANSWER) / total, "cache": cache, "llm_flop": llm,
                     "matmul_share": flop / total / rate, "bandwidth_share": read / m["decode"] / speed})
     by = {r["system"]: r for r in out}
@@ -187,19 +209,23 @@ def training(ours, config, tiles, batch, rate, dtype):
 
 def table(result):
     """The rows as markdown, a table for each number of tiles and batch size."""
-    lines, found = [], result["rows"]
+    lines, found, kernels = [], result["rows"], result["kernels"]
     for key in dict.fromkeys((r["tiles"], r["batch"]) for r in found):
         here = [r for r in found if (r["tiles"], r["batch"]) == key]
         lines += ["", f"{key[0]} tiles, {here[0]['visual_tokens']:,} visual tokens, batch {key[1]}:", "",
-                  "| layers | encoder s | prefill s | faster | realised | first token s | faster | token ms | "
-                  f"with {ANSWER} tokens s | faster | matmul | bandwidth | KV MB |", "|---" * 13 + "|"]
+                  "| layers | encoder s | prefill s | faster | realised | first token s | faster | encoder | token ms | "
+                  f"faster | with {ANSWER} tokens s | faster | prompts/s | matmul | bandwidth | KV MB |",
+                  "|---" * 16 + "|"]
         for r in here:
             over = r.get("over_transformers") or r.get("over_dense")
             lines.append(f"| {r['system']} | {r['encoder']:.2f} | {r['prefill']:.3f} | {over['prefill']:.1f}x | "
                          + (f"{r['realised']:.0%}" if "realised" in r else "-")
-                         + f" | {r['first']:.2f} | {over['first']:.2f}x | {1000 * r['decode']:.1f} | "
-                         f"{r['total']:.2f} | {over['total']:.2f}x | {r['matmul_share']:.0%} | "
-                         f"{r['bandwidth_share']:.0%} | {r['cache'] / 1e6:.0f} |")
+                         + f" | {r['first']:.2f} | {over['first']:.2f}x | {r['encoder_share']:.0%} | "
+                         f"{1000 * r['decode']:.1f} | {over['decode']:.2f}x | {r['total']:.2f} | {over['total']:.2f}x | "
+                         f"{r['prompts_per_second']:.3g} | {r['matmul_share']:.0%} | {r['bandwidth_share']:.0%} | "
+                         f"{r['cache'] / 1e6:.0f} |")
+    lines += ["", "| kernels started |" + "".join(f" {label} |" for label in kernels), "|---" * (1 + len(kernels)) + "|"]
+    lines += [f"| {what} |" + "".join(f" {n[what]:,.0f} |" for n in kernels.values()) for what in ("prefill", "token")]
     if result.get("training"):
         lines += ["", "| training | tiles | batch | s a step | tokens/s | matmul | GB |", "|---" * 7 + "|"]
         lines += [f"| {r['training']} | {r['tiles']} | {r['batch']} | {r['seconds']:.2f} | "
@@ -270,50 +296,62 @@ def plot(result, path):
     figure.savefig(path, dpi=120)
 
 
-def main(argv=None):
+def parse(argv=None):
     p = Parser(description="How fast, against transformers' LLaVA-OneVision and ours dense.")
     p.add_argument("--tiles", type=int, action="append", choices=list(IMAGES), help="tiles of the image; may be "
                    "given several times (default: 1, 5, 10)")
     p.add_argument("--batch", type=int, action="append", metavar="N", help="prompts at once; may be given several "
-                   "times (default: 1, on CUDA also powers of two as far as they fit)")
+                   "times (default: 1, with one tile also 4 and 16; on CUDA powers of two as far as they fit)")
+    p.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="may be given several times "
+                   "(default: bfloat16 on CUDA; else float32, and bfloat16 where the processor has AMX tiles)")
     p.add_argument("--rounds", type=int, metavar="N", help="(default: 3; --quick: 1)")
     p.add_argument("--quick", action="store_true", help="5 tiles, transformers, dense, 2 and no layers, one round")
     p.add_argument("--compare", action="store_true", help="--quick, then against the JSON of this kind of device; exit "
                    "status 1 if a ratio is more than 20 %% lower")
-    p.add_argument("--compile", action="store_true", help="ours with each block compiled")
+    p.add_argument("--compile", action="store_true", help="ours compiled, see VLM.compile")
     p.add_argument("--measure", action="store_true", help="encoder and prefill of the first of --tiles (default: 5) "
                    "in four configurations, beside the operations that flops.py counts")
     p.add_argument("--plot", action="store_true", help="only draw the JSON of this kind of device again")
     args = p.parse_args(argv)
-    if args.measure:
-        return print(measured_table((args.tiles or [5])[0]))
-    committed = RESULTS / f"bench-{device()}.json"
-    if (args.plot or args.compare) and not committed.is_file():
-        p.error(f"{committed} is missing: make it with python -m paper.bench")
-    if args.plot:
-        return plot(json.loads(committed.read_text()), committed.with_suffix(".png"))
     if (args.rounds or 1) < 1 or min(args.batch or [1]) < 1:
         p.error("--rounds and --batch: give at least 1")
-    quick = args.quick or args.compare
-    whole = not (quick or args.tiles or args.batch)
-    sizes = args.tiles or ([5] if quick else list(IMAGES))
-    result = bench(preset("llava-ov-0.5b"), QUICK if quick else tuple(SYSTEMS), sizes, args.batch or [1],
-                   args.rounds or (1 if quick else 3), args.compile, train=whole, grow=device() == "cuda" and whole)
-    print(f"{result['machine']}, torch {result['torch']}, transformers {result['transformers']}, {result['dtype']}\n"
-          f"matmul {result['matmul'] / 1e9:,.0f} GFLOP/s, bandwidth {result['bandwidth'] / 1e9:,.1f} GB/s\n\n"
-          + table(result) + "\n")
-    print(json.dumps(result))
-    if whole:
-        committed.write_text(json.dumps(result, indent=1) + "\n")
-        plot(result, committed.with_suffix(".png"))
-    if args.compare and (lines := fallen(json.loads(committed.read_text()), result)):
-        print("\n".join(lines), file=sys.stderr)
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.measure:
+        return print(measured_table((args.tiles or [5])[0]))
+    fast = choose_dtype("auto", device(), 1e9)[0]
+    failed = []
+    for dtype in args.dtype or dict.fromkeys([str(fast)[6:]] if device() == "cuda" else ["float32", str(fast)[6:]]):
+        committed = RESULTS / f"bench-{device()}-{dtype}.json"
+        if (args.plot or args.compare) and not committed.is_file():
+            raise ValueError(f"{committed} is missing: make it with python -m paper.bench")
+        if args.plot:
+            plot(json.loads(committed.read_text()), committed.with_suffix(".png"))
+            continue
+        quick = args.quick or args.compare
+        whole = not (quick or args.tiles or args.batch)
+        sizes = args.tiles or ([5] if quick else list(IMAGES))
+        result = bench(preset("llava-ov-0.5b"), QUICK if quick else tuple(SYSTEMS), sizes, args.batch or [1],
+                       args.rounds or (1 if quick else 3), getattr(torch, dtype), args.compile, whole)
+        print(f"{result['machine']}, torch {result['torch']}, transformers {result['transformers']}, {dtype}\n"
+              f"matmul {result['matmul'] / 1e9:,.0f} GFLOP/s, bandwidth {result['bandwidth'] / 1e9:,.1f} GB/s\n\n"
+              + table(result) + "\n")
+        print(json.dumps(result))
+        if whole:
+            committed.write_text(json.dumps(result, indent=1) + "\n")
+            plot(result, committed.with_suffix(".png"))
+        if args.compare:
+            failed += fallen(json.loads(committed.read_text()), result)
+    if failed:
+        print("\n".join(failed), file=sys.stderr)
         raise SystemExit(1)
 
 
-def bench(config, labels, sizes, batches, rounds, compiled=False, train=True, grow=False):
-    """All rows; the JSON object that main prints. grow: go on doubling the batch as long as it fits."""
-    dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+def bench(config, labels, sizes, batches, rounds, dtype=torch.float32, compiled=False, whole=True):
+    """All rows; the JSON object that main prints. whole: more batches too, as far as they fit, and training."""
     rate, speed, version = matmul_rate(config, dtype=dtype), bandwidth(config, dtype), None
     ours = Ours(config, dtype)
     try:
@@ -328,23 +366,22 @@ def bench(config, labels, sizes, batches, rounds, compiled=False, train=True, gr
     measure(ours, theirs, labels, 1, 1, 1)  # warms up
     for tiles in sizes:
         todo = list(batches)
-        while todo:
-            batch = todo.pop(0)
-            print(f"{tiles} tiles, batch {batch}", file=sys.stderr)
+        if whole:
+            todo += [2 ** i for i in range(1, 12)] if device() == "cuda" else [4, 16] if tiles == 1 else []
+        for batch in todo:
+            print(f"{str(dtype)[6:]}, {tiles} tiles, batch {batch}", file=sys.stderr)
             try:
                 measured = measure(ours, theirs, labels, tiles, batch, rounds)
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 break
-            found += rows(config, measured, tiles, batch, rate, speed, 2 if dtype == torch.bfloat16 else 4)
-            if grow and not todo:
-                todo.append(2 * batch)
+            found += rows(config, measured, tiles, batch, rate, speed, dtype.itemsize)
     del theirs
-    trained = training(ours, config, 5 if device() == "cuda" else 1, 1, rate, dtype) if train else []
+    trained = training(ours, config, 5 if device() == "cuda" else 1, 1, rate, dtype) if whole else []
     return {"command": " ".join(["python -m paper.bench", *sys.argv[1:]]), "machine": machine(),
-            "torch": torch.__version__,
-            "transformers": version, "dtype": str(dtype)[6:], "text": TEXT, "answer": ANSWER, "matmul": rate,
-            "bandwidth": speed, "compiled": compiled, "rows": found, "training": trained}
+            "torch": torch.__version__, "transformers": version, "dtype": str(dtype)[6:], "text": TEXT,
+            "answer": ANSWER, "matmul": rate, "bandwidth": speed, "compiled": compiled,
+            "kernels": kernel_counts(config, labels), "rows": found, "training": trained}
 
 
 if __name__ == "__main__":

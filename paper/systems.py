@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli import timer
 from data import Prompt, process_image
@@ -58,6 +59,18 @@ def seconds(run, *args):
     if device() == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what would be started on a device: every operation that is not a view of what is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.total += not (func.is_view or func._schema.name == "aten::_unsafe_view")
+        return func(*args, **(kwargs or {}))
 
 
 def product_seconds(x, w):
@@ -113,10 +126,10 @@ class Ours:
     def encode(self, images):
         return self.real(images)
 
-    def answer(self, prompts, seen, sa, timings):
+    def answer(self, prompts, seen, sa, timings, tokens=ANSWER):
         """Seconds of prefill and decode are added to timings."""
         self.model.encode = lambda images: seen
-        self.model.generate(prompts, sa, max_tokens=ANSWER, timings=timings, allowed=[(1, 4)] if sa == "auto" else None)
+        self.model.generate(prompts, sa, max_tokens=tokens, timings=timings, allowed=[(1, 4)] if sa == "auto" else None)
 
 
 class Theirs:
@@ -147,7 +160,7 @@ class Theirs:
         return list(self.model.get_image_features(x, sizes, output_hidden_states=True).pooler_output)
 
     @torch.no_grad()
-    def answer(self, prompts, seen, sa, timings):
+    def answer(self, prompts, seen, sa, timings, tokens=ANSWER):
         lm, head, before = self.model.model.language_model, self.model.lm_head, min(14, TEXT - 1)
         ids = torch.tensor([p.ids for p in prompts], device=head.weight.device)
         with timer(timings, "prefill", ids.device):
@@ -156,7 +169,7 @@ class Theirs:
             out = lm(inputs_embeds=x, use_cache=True)
             token = head(out.last_hidden_state[:, -1:]).argmax(-1)
         with timer(timings, "decode", ids.device):
-            for _ in range(ANSWER - 1):
+            for _ in range(tokens - 1):
                 out = lm(inputs_embeds=lm.embed_tokens(token), past_key_values=out.past_key_values, use_cache=True)
                 token = head(out.last_hidden_state[:, -1:]).argmax(-1)
             token.tolist()

@@ -13,7 +13,7 @@ from tests import tiny
 @pytest.fixture(scope="module")
 def result():
     config = tiny.config(layers=24, tile=384, patch=96, tied=True)
-    return bench.bench(config, tuple(bench.SYSTEMS), [1, 5], [1], rounds=1)
+    return bench.bench(config, tuple(bench.SYSTEMS), [1, 5], [1], rounds=1, whole=False)
 
 
 def test_rows_are_complete_and_say_what_they_should(result):
@@ -34,7 +34,24 @@ def test_rows_are_complete_and_say_what_they_should(result):
                          and x["batch"] == r["batch"])
             assert r["over_dense"]["prefill"] == pytest.approx(dense["prefill"] / r["prefill"])
             assert r["realised"] == pytest.approx(dense["prefill"] / r["prefill"] * r["llm_flop"] / dense["llm_flop"])
+        assert r["encoder_share"] == pytest.approx(r["encoder"] / r["first"])
+        assert r["prompts_per_second"] == pytest.approx(r["batch"] / (r["prefill"] + 31 * r["decode"]))
+
+
+def test_more_prompts_at_once_and_training():
+    config = tiny.config(layers=24, tile=384, patch=96, tied=True)
+    result = bench.bench(config, ("dense", "2"), [1], [1], rounds=1)
+    assert [(r["system"], r["batch"]) for r in result["rows"]] == [(s, b) for b in (1, 4, 16) for s in ("dense", "2")]
     assert [t["training"] for t in result["training"]] == ["dense", "stage 1", "stage 2"]
+    assert "| stage 2 |" in bench.table(result)
+
+
+def test_kernels_are_counted(result):
+    """A layer on text alone starts at least twelve a token; two layers with vision no more than 600 in all."""
+    kernels = result["kernels"]
+    assert list(kernels) == list(bench.SYSTEMS) and 24 * 12 < kernels["2"]["token"] <= 600
+    assert kernels["dense"]["token"] < kernels["transformers"]["token"] == pytest.approx(880, abs=10)
+    assert all(n["prefill"] > n["token"] for n in kernels.values())
 
 
 def test_both_models_do_the_same_work(result):
@@ -61,7 +78,7 @@ def test_a_fall_is_found_and_noise_is_not(result):
 
 def test_table_and_plot(result, tmp_path):
     text = bench.table(result)
-    assert text.count("\n| none |") == 2 and "| stage 2 |" in text
+    assert text.count("\n| none |") == 2 and "| kernels started | transformers |" in text
     bench.plot(result, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10000
 
@@ -71,5 +88,5 @@ def test_without_transformers_its_row_is_left_out(monkeypatch, capsys):
         raise ImportError
     monkeypatch.setattr(bench, "Theirs", missing)
     config = tiny.config(layers=24, tile=384, patch=96, tied=True)
-    rows = bench.bench(config, ("transformers", "dense", "2"), [1], [1], rounds=1, train=False)["rows"]
+    rows = bench.bench(config, ("transformers", "dense", "2"), [1], [1], rounds=1, whole=False)["rows"]
     assert [r["system"] for r in rows] == ["dense", "2"] and "pip install transformers" in capsys.readouterr().err

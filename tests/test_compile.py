@@ -9,13 +9,13 @@ from tests import tiny
 
 
 def test_few_graphs_serve_all_sizes_and_configurations_with_the_same_numbers():
-    """20 prompts of one or two images of random sizes, in turn in all configurations; prefill, decoding, training."""
+    """12 prompts of one or two images of random sizes, in turn in all configurations; prefill, decoding, training."""
     torch.compiler.reset()
     counters.clear()
-    plain, fast, rng = tiny.model(layers=9), tiny.model(layers=9), random.Random(8)
+    plain, fast, rng = tiny.model(), tiny.model(), random.Random(8)
     fast.compile(backend="aot_eager")
-    configurations = [(), *plain.config.viable, tuple(range(9))]
-    for i in range(20):
+    configurations = [(), (1,), (1, 4), (4,), tuple(range(6))]
+    for i in range(12):
         images = [tiny.image(rng.randint(20, 200), rng.randint(20, 200), k) for k in range(1 + i % 2)]
         processed = [data.process_image(x, plain.config, len(images) == 1) for x in images]
         text = data.chatml([data.place_images("What is it? " * rng.randint(1, 9), len(images))])
@@ -28,17 +28,20 @@ def test_few_graphs_serve_all_sizes_and_configurations_with_the_same_numbers():
         a, b = plain(batch, sa), fast(batch, sa)
         assert torch.allclose(a, b, atol=1e-4)
     for (name, p), q in zip(plain.named_parameters(), fast.parameters()):
-        if p.grad is not None:
+        if name.endswith(".k_proj.bias"):  # SigLIP's: shifts all scores of a query alike, so that these are rounding alone
+            assert max(p.grad.abs().max(), q.grad.abs().max()) < 1e-4
+        elif p.grad is not None:
             assert torch.allclose(p.grad, q.grad, atol=1e-3 * p.grad.abs().max() + 1e-6), name
-    assert 0 < counters["stats"]["unique_graphs"] < 10 and not counters["graph_break"]
+    # SigLIP's block, and four parts of ours: with gradients, without, and for a single token
+    assert 0 < counters["stats"]["unique_graphs"] <= 15 and not counters["graph_break"]
 
 
 @torch.no_grad()
 def test_compiling_changes_nothing_in_bfloat16():
-    plain, fast = (tiny.model(layers=9).to(torch.bfloat16) for _ in range(2))
+    plain, fast = (tiny.model().to(torch.bfloat16) for _ in range(2))
     fast.compile(backend="aot_eager")
     processed = [data.process_image(tiny.image(90, 60), plain.config)]
     batch = data.collate([data.encode(data.chatml(["<image>\nWhat?"]), plain.tokenizer, processed)])
-    for sa in ((1, 4), tuple(range(9))):
+    for sa in ((1, 4), tuple(range(6))):
         a, b = (m.head(m(batch, sa)).float() for m in (plain, fast))
         assert torch.allclose(a, b, atol=2e-2 * float(a.abs().max()), rtol=0)

@@ -1,6 +1,7 @@
 """The router: routed answers, shared work, pseudo-labels and their file, viable configurations, what it costs."""
 import json
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -132,10 +133,11 @@ def test_each_question_is_answered_by_its_own_route():
     assert len(set(wanted)) >= 3
     rows, vision = dict.fromkeys(range(12), 0), len(prefix.v_pos)
     for l, block in enumerate(m.language_model.layers):
-        def project(x, context, *ropes, l=l, real=block.self_attn.project):
-            rows[l] += (x if context is None else context).shape[1] >= vision
-            return real(x, context, *ropes)
-        block.self_attn.project = project
+        def count(name, *args, l=l, real=None):
+            rows[l] += args[name == "project_apart"].shape[1] >= vision
+            return real(*args)
+        for name in ("project", "project_apart"):
+            setattr(block.self_attn, name, partial(count, name, real=getattr(block.self_attn, name)))
     tree = m.prefill([prefix], "auto")
     assert [l for l in rows if rows[l]] == [1]
     for i in [*range(12), 3, 0, 7]:

@@ -6,6 +6,7 @@ import itertools
 import random
 import string
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -89,14 +90,15 @@ def counting(modules, attentions=()):
     for l, attention in enumerate(attentions):
         rows["q", l] = rows["k", l] = 0
 
-        def project(x, context, *ropes, l=l, real=attention.project):
-            rows["q", l] += x.shape[:-1].numel()
-            rows["k", l] += (x if context is None else context).shape[:-1].numel()
-            return real(x, context, *ropes)
-        attention.project = project
+        def count(name, *args, l=l, real=None):
+            rows["q", l] += args[0].shape[:-1].numel()
+            rows["k", l] += args[name == "project_apart"].shape[:-1].numel()
+            return real(*args)
+        for name in ("project", "project_apart"):
+            setattr(attention, name, partial(count, name, real=getattr(attention, name)))
     yield rows
     for attention in attentions:
-        del attention.project
+        del attention.project, attention.project_apart
     for hook in hooks:
         hook.remove()
 
@@ -428,7 +430,7 @@ def test_cache_bytes(ca, sa):
     tokens = sum(joint if l in sa else reserved for l in range(6)) + sum(vision for _ in cross)
     held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors(tree.root.cache)}
     assert sum(held.values()) == 3 * tokens * 2 * m.config.kv_heads * m.config.head_dim * 4
-    assert all((images.k is None) == (l not in cross) for l, (_, images) in enumerate(tree.root.cache))
+    assert all((images.kv is None) == (l not in cross) for l, (_, images) in enumerate(tree.root.cache))
 
 
 def pieces(prompt, cuts):
