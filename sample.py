@@ -22,7 +22,6 @@ import math
 import textwrap
 from collections import Counter
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 from tqdm import tqdm
@@ -383,17 +382,17 @@ def go_on(out, heads):
     """(lines, those with errors) that a stopped run has left in a file; one that it was writing is cut off. heads: how
     each line begins. Raises ValueError where the file is about something else, or cannot be written."""
     lines = Path(out).read_bytes().split(b"\n") if Path(out).is_file() else [b""]
-    whole, bad = len(lines) - 1, 0  # the last: as far as it was written
-    for i, (line, head) in enumerate(zip_longest(lines, heads[:len(lines)], fillvalue="")):
-        head = head.encode() + b", "
-        begun = i == whole and (line.startswith(head) or head.startswith(line))
-        if i >= len(heads) and line or not begun and not (line.startswith(head) and line.endswith(b"}")):
-            raise ValueError(f"{out}: line {i + 1} is not what this command writes there, with these flags, about these "
-                             "questions; remove the file, or name another one")
-        bad += i < whole and line.startswith(head + b'"error": ')
+    last, bad = len(lines) - 1, 0  # the last one: as far as it was written
+    for i, line in enumerate(lines):
+        head = heads[i].encode() + b", " if i < len(heads) else b"\n"  # no line begins so
+        whole = line.startswith(head) and line.endswith(b"}")
+        if not (whole or i == last and (line.startswith(head) or head.startswith(line))):
+            raise ValueError(f"{out}: line {i + 1} is not what this command with these flags writes there; remove the "
+                             "file, or name another one")
+        bad += i < last and line.startswith(head + b'"error": ')
     with writing(out), open(out, "ab") as f:
-        f.truncate(sum(map(len, lines[:-1])) + whole)
-    return whole, bad
+        f.truncate(sum(len(line) + 1 for line in lines[:-1]))
+    return last, bad
 
 
 if __name__ == "__main__":

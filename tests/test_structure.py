@@ -16,7 +16,7 @@ ORDER = """cli config data flops
            layers encoders.siglip encoders reduction cache_tree weights model
            answers checkpoints router train sample
            paper.numbers paper.systems paper.ablate paper.bench paper.miniature paper.routing paper""".split()
-NO_TORCH = "config data flops cli answers toy.world llava.samples".split()  # so that flops.py and every --help answer at once
+NO_TORCH = "config data flops cli answers toy.world llava.samples".split()  # flops.py and every --help answer at once
 
 
 def name_of(path):
