@@ -120,6 +120,8 @@ def test_batches_are_of_similar_size_and_bounded(model):
     assert all(len(batch) * max(tokens[i % 4] for i, _ in batch) <= 100 or len(batch) == 1 for batch in found)
     assert max(map(len, found)) == 100 // min(tokens) and any(len(batch) == 1 for batch in found)
     assert [len(x) for x in batches([(i, ("x" * 200, [])) for i in range(4)], model.config, 4, tokens=100)] == [2, 2]
+    two = [(i, ("hi", images[:1] * 2)) for i in range(4)]  # one tile each
+    assert [len(x) for x in batches(two, model.config, 4, tokens=100)] == [2, 2] and 100 // tokens[0] == 1
 
 
 def test_images_are_decoded_when_their_batch_is_due(model, folder, loaded, monkeypatch):
@@ -140,13 +142,13 @@ def test_a_run_that_goes_on_forms_the_same_batches(model, folder, monkeypatch):
     monkeypatch.setattr(answers, "answer_batch", lambda m, batch, *a, **k: (
         asked.append([number for number, _ in batch]), answer_batch(m, batch, *a, **k))[1])
     questions, found = questions_of(folder), {}
-    for start in (0, 1, 4, 7, 12):
+    for start in (0, 1, 5, 7, 12):
         del asked[:]
         rest = [x.tokens for x in answers.answers(model, questions, batch_size=3, start=start, max_tokens=1)]
         found[start] = rest, asked[:]
         whole, batches = found[0]
         assert rest == whole[start:] and asked == [batch for batch in batches if max(batch) >= start]
-    assert len(found[7][1]) <= 2 < len(found[0][1]) == 4
+    assert len(found[5][1]) == 3 < len(found[0][1]) == 4 and len(found[7][1]) <= 2  # a batch, a window less
 
 
 def test_what_is_drawn_depends_on_the_number_and_the_seed_alone(model, folder):
@@ -283,6 +285,17 @@ def test_words_that_do_not_go_together(capsys, name):
 def test_a_configuration_that_does_not_exist_ends_all_at_once(folder, loaded, capsys, tmp_path):
     status, out, err = call(capsys, "--batch", folder / "q.jsonl", "--sa", "99")
     assert status == 2 and out == "" and "there is no layer 99" in err and not loaded
+
+
+def test_flags_reach_the_loop(folder, loaded, capsys, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "hi"}\n' * 4)
+    def tokens(*flags):
+        out = call(capsys, "--batch", tmp_path / "q.jsonl", "--sa", 1, "--max-tokens", 4, *flags)[1]
+        return [json.loads(line)["tokens"] for line in out.splitlines()]
+    greedy, hot = tokens("--batch-size", 4), tokens("--temperature", 5)
+    assert loaded == [4, 1, 1, 1, 1] and greedy[0] == greedy[3] and len({tuple(x) for x in hot}) == 4
+    assert hot == tokens("--temperature", 5, "--batch-size", 2) != tokens("--temperature", 5, "--seed", 1)
+    assert tokens("--temperature", 5, "--top-p", 0.001) == greedy
 
 
 # --- runs that are stopped ---
