@@ -68,8 +68,8 @@ def run(main):
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not any(x in str(e) for x in ("out of memory", "allocate memory")):
-            raise  # not torch's way to say that there is too little, but a bug
+        if isinstance(e, RuntimeError) and not is_out_of_memory(e):
+            raise  # a bug
         said = str(e)
         if isinstance(e, OSError) and e.strerror:  # files say their names; what has none is what is printed to
             said = f"{e.filename or 'stdout'}: {e.strerror.lower()}"
@@ -78,6 +78,11 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def is_out_of_memory(e):
+    """Whether an exception is Python's or torch's way to say that there is too little memory."""
+    return isinstance(e, MemoryError) or any(x in str(e) for x in ("out of memory", "allocate memory"))
 
 
 def counted(n, what):
@@ -191,16 +196,28 @@ def remove_unfinished(directory):
 
 
 @contextmanager
-def interrupts():
-    """Within, Ctrl-C and SIGTERM (of a scheduler) only add to the list that it gives: no step is left half done."""
-    asked = []
+def signals(handler):
+    """Within, Ctrl-C and SIGTERM (of a scheduler) call handler(number, frame)."""
     heard = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
-    before = {x: signal.signal(x, lambda number, _: asked.append(number)) for x in heard}  # nohup ignores the last
+    before = {x: signal.signal(x, handler) for x in heard}  # nohup ignores the last
     try:
-        yield asked
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, other in before.items():
+            signal.signal(number, other)
+
+
+@contextmanager
+def interrupts():
+    """Within, Ctrl-C and SIGTERM only add to the list that it gives: no step is left half done."""
+    asked = []
+    with signals(lambda number, _: asked.append(number)):
+        yield asked
+
+
+def leave(number, _):
+    """A handler for `signals`: ends the process at once, with the status that tells the signal."""
+    raise SystemExit(128 + number)
 
 
 def free_threads():

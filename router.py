@@ -343,6 +343,8 @@ def parse(argv=None):
                    help="(default: auto)")
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: as many as there are idle "
                    "cores)")
+    p.add_argument("--compile", action="store_true", help="torch.compile what repeats (see VLM.compile): a minute, for "
+                   "large models")
     args = p.parse_args(argv)
     if args.search + bool(args.label) + args.report != 1:
         p.error("give one of --search, --label FILE and --report")
@@ -361,6 +363,8 @@ def main(argv=None):
     torch.set_num_threads(args.threads or free_threads())
     directory = Path(checkpoint_path(args.model))
     model = VLM.from_pretrained(directory, args.dtype, placement(args.device))
+    if args.compile:
+        model.compile()
     c = model.config
     if not c.sa:
         raise ValueError(f"{directory} is a dense model: train stages 1 and 2 first")

@@ -2,8 +2,10 @@
 
     python sample.py --image a.png --q "What is in the image?"
     python sample.py --image a.png --q "How many?" --q "Which colour?" --sa 1,4 --json
+    python sample.py --batch questions.jsonl --out answers.jsonl
 
-The images are encoded once and run through the layers once; each further question costs only its own text.
+The images are encoded once and run through the layers once; each further question costs only its own text. --batch asks
+questions that have images of their own, many at once.
 """
 import sys
 
@@ -19,12 +21,21 @@ import json
 import math
 import textwrap
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 import data
-from cli import Parser, checkpoint_path, counted, placement, run
+from answers import answers
+from cli import Parser, checkpoint_path, counted, leave, placement, run, signals, writing
 from config import branch_layers
 from flops import answer_flops, connector_flops, llm_flops, router_flops, sa_name, tower_flops, within_budget
+from llava.index import kind_of, parse_sample
+from llava.samples import image_names
+
+RESULT = "run", "answer", "tokens", "sa", "routed", "text_tokens", "vision_tokens", "flops", "error"  # of --batch
+ASKED = "model", "sa", "budget", "pack", "max_tokens", "temperature", "top_p", "seed"  # flags that answers depend on
 
 
 def parse(argv=None):
@@ -34,8 +45,15 @@ def parse(argv=None):
                "same.")
     p.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="one or more; may be given "
                    "several times")
-    p.add_argument("--q", action="append", required=True, metavar="TEXT", help="a question; may be given several "
+    p.add_argument("--q", action="append", metavar="TEXT", help="a question; may be given several "
                    "times. <image> inside it puts an image there; otherwise the images stand before it")
+    p.add_argument("--batch", metavar="FILE.jsonl", help="questions instead, one a line: {\"image\": a path from "
+                   "FILE's directory, a list of them or null, \"question\": text, ...}; the answer is that line and "
+                   "what --json says, or an \"error\", and then exit status 1")
+    p.add_argument("--out", metavar="FILE.jsonl", help="where --batch writes (default: stdout); a run that was stopped "
+                   "goes on there")
+    p.add_argument("--batch-size", type=int, metavar="N", help="questions of --batch at once, fewer where images are "
+                   "large (default: 16)")
     p.add_argument("--model", default="nano", metavar="NAME", help="checkpoint directory, hub id, or SIGLIP+QWEN2 "
                    "(default: nano, the one beside this script)")
     p.add_argument("--sa", default="auto", metavar="LAYERS", help="self-attention layers to run: auto, dense, none, or "
@@ -52,10 +70,14 @@ def parse(argv=None):
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                    help="(default: auto: bfloat16 on CUDA and on processors with AMX tiles, else float32)")
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
+    p.add_argument("--compile", action="store_true", help="torch.compile what repeats (see VLM.compile): a minute, for "
+                   "many questions")
     p.add_argument("--explain", metavar="FILE.png", help="draw where the (last) answer's attention went, by layer")
     p.add_argument("--json", action="store_true", help="one JSON object per question instead of plain answers")
     args = p.parse_args(argv)
+    check_batch(p, args)
     for name, ok, what in (("max_tokens", args.max_tokens >= 1, "at least 1"),
+                           ("batch_size", args.batch_size >= 1, "at least 1"),
                            ("threads", args.threads is None or 1 <= args.threads <= 1024, "from 1 to 1,024"),
                            ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
                            ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
@@ -72,6 +94,23 @@ def parse(argv=None):
     if args.budget is not None and args.sa != "auto":
         p.error("--budget chooses the configuration itself; leave --sa out")
     return args
+
+
+def check_batch(p, args):
+    """Either --q or --batch, and what goes with it; adds what the second needs."""
+    if not args.batch:
+        if not args.q:
+            p.error("give a question, --q TEXT, or many of them, --batch FILE.jsonl")
+        for name in ("out", "batch_size"):
+            if getattr(args, name) is not None:
+                p.error(f"--{name.replace('_', '-')} is for --batch; leave it out")
+    for name, mend in (("q", "write the question into its lines"), ("image", "write the path into its lines"),
+                       ("explain", "ask a single question with --image and --q")):
+        if args.batch and getattr(args, name):
+            p.error(f"--{name} does not go with --batch: {mend}")
+    args.batch_size = 16 if args.batch_size is None else args.batch_size
+    given = [name for name in ASKED if name == "model" or getattr(args, name) != p.get_default(name)]
+    args.run = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in given)
 
 
 def text_of(question, n):
@@ -118,7 +157,8 @@ def warn_of_other_worlds(questions, images, tokenizer):
         encoded = tokenizer.encode(question.replace(data.IMAGE, " "))
         words += [question[a:b] for i, (a, b) in zip(encoded.ids, encoded.offsets) if i == unknown]
     if words or not all(map(world.is_quilt, images)):
-        which = f"; it has no word for {', '.join(dict.fromkeys(words))}" if words else ""
+        words = textwrap.shorten(", ".join(dict.fromkeys(words)), 400, placeholder=" ...")
+        which = f"; it has no word for {words}" if words else ""
         print(f"this is the miniature: it knows only quilts (python -m toy --show x.png) and questions about "
               f"them{which}", file=sys.stderr)
     if len(images) > 1:
@@ -139,10 +179,8 @@ class Stream:
         self.shown = text
 
 
-def main(argv=None):
-    args = parse(argv)
-    images = [data.load_image(path) for path in args.image]  # before the model: mistakes show at once
-    texts = [text_of(q, len(images)) for q in args.q]
+def load_model(args):
+    """The VLM of --model, placed, packed and compiled as the command line says."""
     device = placement(args.device)
 
     import torch  # 1.5 s
@@ -151,8 +189,18 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     model = VLM.from_pretrained(checkpoint_path(args.model), args.dtype, device)
-    if args.pack is not None:
-        model.add_packing(args.pack)
+    if args.compile:
+        model.compile()
+    return model if args.pack is None else model.add_packing(args.pack)
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.batch:
+        return answer_file(args)
+    images = [data.load_image(path) for path in args.image]  # before the model: mistakes show at once
+    texts = [text_of(q, len(images)) for q in args.q]
+    model = load_model(args)
     c, single = model.config, len(images) == 1
     images = [data.to_rgb(image, c.transparency) for image in images]
     processed = [data.process_image(image, c, single) for image in images]
@@ -178,21 +226,25 @@ def main(argv=None):
         tokens = model.answer(trees[key], prompt, max_tokens=args.max_tokens, temperature=args.temperature,
                               top_p=args.top_p, seed=args.seed, timings=timings, allowed=allowed, routes=routes,
                               on_token=Stream(model.tokenizer) if stream else None)
-        answer = model.tokenizer.decode(tokens).strip()
-        report = {"question": question, "answer": answer, "tokens": tokens, "sa": list(routes[0]),
-                  "routed": sa == "auto", "text_tokens": n_text, "vision_tokens": n_vision,
-                  "flops": costs.add(key, routes[0], prefix, prompt, len(tokens)),
+        report = {"question": question, **report_of(model, costs, key, routes[0], prefix, prompt, tokens),
                   "seconds": {k: round(s, 4) for k, s in timings.items()}}
         if args.json:
             print(json.dumps(report), flush=True)
         else:
-            print("" if stream else " ".join(answer.splitlines()), flush=True)
+            print("" if stream else " ".join(report["answer"].splitlines()), flush=True)
         print(summary(c, report, costs.questions), file=sys.stderr)
     if args.explain:
         import explain
         attention = explain.attention_to_images(model, data.join(prefix, prompt), tokens, routes[0])
         explain.draw(args.explain, images, processed, c, report, attention, costs.questions)
         print(f"{args.explain}: where the last answer's attention went", file=sys.stderr)
+
+
+def report_of(model, costs, key, sa, prefix, prompt, tokens):
+    """What --json says of an answer, `tokens`. key, sa, prefix, prompt: as in Costs.add."""
+    return {"answer": model.tokenizer.decode(tokens).strip(), "tokens": tokens, "sa": list(sa),
+            "routed": key[1] == "auto", "text_tokens": len(prefix.ids) + len(prompt.ids),
+            "vision_tokens": len(prefix.v_pos), "flops": costs.add(key, sa, prefix, prompt, len(tokens))}
 
 
 class Costs:
@@ -245,6 +297,106 @@ def summary(config, report, questions):
                          f"{report['text_tokens']} text + {counted(report['vision_tokens'], 'visual token')}; "
                          f"language model {flops['llm'] / 1e9:,.4g} GFLOP{so_far}; encoder {s['encoder']:.2f} s, "
                          f"prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}", 80)
+
+
+# --- many questions, each with images of its own --------------------------------------------------------------------
+
+def answer_file(args):
+    """Answers the rows of --batch in order, each as soon as those before it are done; those in --out already, not."""
+    rows = read_questions(args.batch)  # before the model: mistakes show at once
+    heads = [json.dumps({**row, "run": args.run})[:-1] for row, _ in rows]  # how their lines begin
+    done, bad = go_on(args.out, heads) if args.out else (0, 0)
+    if done:
+        print(f"{args.out}: has {done} of {counted(len(rows), 'row')} already", file=sys.stderr)
+    if done < len(rows):
+        bad += answer_rows(args, [question for _, question in rows], heads, done)
+    if bad:
+        print(f"{bad} of {counted(len(rows), 'row')} could not be answered", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def answer_rows(args, questions, heads, done):
+    """Writes the lines that follow the first `done`. Returns how many of them are errors."""
+    model, bad = load_model(args), 0
+    c = model.config
+    if c.world == "toy":
+        warn_of_other_worlds([x[0] for x in questions if not isinstance(x, ValueError)], [], model.tokenizer)
+    warn_of_layers(args, c)
+    found = answers(model, questions, partial(configuration, args, c), args.batch_size, done, args.temperature,
+                    args.seed, max_tokens=args.max_tokens, top_p=args.top_p)
+    try:
+        with signals(leave), tqdm(total=len(heads), initial=done, desc="answers", ncols=80) as bar:
+            for x in found:
+                report = {"error": x.error} if x.error else report_alone(model, x)
+                write_line(args.out, f"{heads[done]}, {json.dumps(report)[1:]}")
+                done, bad = done + 1, bad + bool(x.error)
+                bar.update()
+    except SystemExit:  # of a signal
+        mend = "the same command goes on" if args.out else "with --out FILE.jsonl it could go on"
+        print(f"stopped after {done} of {counted(len(heads), 'row')}; {mend}", file=sys.stderr)
+        raise
+    return bad
+
+
+def report_alone(model, answer):
+    """report_of an answers.Answer, as of a question that is asked alone."""
+    shared, own, dense_vision, sa, _ = answer.asked
+    costs = Costs(model.config, shared.images, dense_vision)
+    return report_of(model, costs, (None, sa), answer.sa, shared, own, answer.tokens)
+
+
+def write_line(out, line):
+    """Adds a line to a file, or to stdout, at once. Raises ValueError where there is no room."""
+    with writing(out or "stdout"):
+        if not out:
+            return print(line, flush=True)
+        with open(out, "a") as f:
+            f.write(line + "\n")
+
+
+def read_questions(path):
+    """[(row, question)] of the lines of a file: a dict, empty where the line is none; (text, paths), or the SampleError
+    that the row has. Raises ValueError where nothing can be made of the file."""
+    rows, start = [], 0
+    for i, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        row = {}
+        try:
+            if line.strip(b"\xef\xbb\xbf \t\r"):  # byte order marks, and blanks
+                row = parse_sample(line, start)
+                rows.append((row, question_of(row, Path(path).parent)))
+        except data.SampleError as e:
+            rows.append((row, data.SampleError(e.kind, f"line {i}: {e}")))
+        if taken := row.keys() & set(RESULT):
+            raise ValueError(f"{path}, line {i}: the key {min(taken)} is one of those that the answer adds; rename it")
+        start += len(line) + 1
+    if not any(row for row, _ in rows):
+        raise ValueError(f"{path}: no line of it is a JSON object; give one a line, with image and question")
+    return rows
+
+
+def question_of(row, folder):
+    """(text, paths) of a row's dict. Raises SampleError."""
+    text, images = row.get("question"), image_names(row)
+    if not isinstance(text, str):
+        raise data.SampleError("malformed line", f"the question is no text but {kind_of(text)}; give one")
+    return text, [str(folder / name) for name in images]
+
+
+def go_on(out, heads):
+    """(lines, those with errors) that a stopped run has left in a file; one that it was writing is cut off. heads: how
+    each line begins. Raises ValueError where the file is about something else, or cannot be written."""
+    lines = Path(out).read_bytes().split(b"\n") if Path(out).is_file() else [b""]
+    last, bad = len(lines) - 1, 0  # the last one: as far as it was written
+    for i, line in enumerate(lines):
+        head = heads[i].encode() + b", " if i < len(heads) else b"\n"  # no line begins so
+        whole = line.startswith(head) and line.endswith(b"}")
+        if not (whole or i == last and (line.startswith(head) or head.startswith(line))):
+            raise ValueError(f"{out}: line {i + 1} is not what this command with these flags writes there; remove the "
+                             "file, or name another one")
+        bad += i < last and line.startswith(head + b'"error": ')
+    with writing(out), open(out, "ab") as f:
+        f.truncate(sum(len(line) + 1 for line in lines[:-1]))
+    return last, bad
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def parse(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default: "
                    "bfloat16 on CUDA and on processors with AMX tiles, of the miniature float32)")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks (see VLM.compile)")
+    p.add_argument("--compile", action="store_true", help="torch.compile what repeats (see VLM.compile)")
     p.add_argument("--checkpointing", action="store_true", help="keep only the blocks' inputs and run them twice: "
                    "less memory, a third more time")
     p.add_argument("--fsdp", action="store_true", help="under torchrun: share weights and optimiser states out too")

@@ -102,23 +102,28 @@ class JsonIndex:
         with open(self.path, "rb") as file:
             file.seek(start)
             text = file.read(end - start)
-        try:
-            # Files that were joined may have marks within
-            sample = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_keys)
-        except UnicodeDecodeError as e:
-            raise SampleError("malformed line", f"byte {start + e.start} is not UTF-8; save the file as such") from None
-        except KeyError as e:
-            raise SampleError("malformed line", f"{e.args[0]}; leave one") from None
-        except RecursionError:
-            raise SampleError("malformed line", "nested too deeply to be a sample; take it out") from None
-        except json.JSONDecodeError as e:
-            raise SampleError("malformed line", f"not valid JSON ({e.msg}) at byte "
-                              f"{start + len(e.doc[:e.pos].encode())}; mend it there") from None
-        except ValueError:  # Python's own limit
-            raise SampleError("malformed line", "a number of thousands of digits; write it as text") from None
-        if not isinstance(sample, dict):
-            raise SampleError("malformed line", f"{kind_of(sample)} instead of a JSON object; take it out")
-        return sample
+        return parse_sample(text, start)
+
+
+def parse_sample(text, start):
+    """The dict of a JSON object. text: its bytes; start: where they stand in the file. Raises SampleError."""
+    try:
+        # Files that were joined may have marks within
+        sample = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as e:
+        raise SampleError("malformed line", f"byte {start + e.start} is not UTF-8; save the file as such") from None
+    except KeyError as e:
+        raise SampleError("malformed line", f"{e.args[0]}; leave one") from None
+    except RecursionError:
+        raise SampleError("malformed line", "nested too deeply to be a sample; take it out") from None
+    except json.JSONDecodeError as e:
+        raise SampleError("malformed line", f"not valid JSON ({e.msg}) at byte "
+                          f"{start + len(e.doc[:e.pos].encode())}; mend it there") from None
+    except ValueError:  # Python's own limit
+        raise SampleError("malformed line", "a number of thousands of digits; write it as text") from None
+    if not isinstance(sample, dict):
+        raise SampleError("malformed line", f"{kind_of(sample)} instead of a JSON object; take it out")
+    return sample
 
 
 # --- the file as a whole --------------------------------------------------------------------------------------------

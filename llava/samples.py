@@ -118,7 +118,7 @@ def conversation(sample):
 
     Turns alternate user, assistant. An answer before the first question is dropped. Raises SampleError.
     """
-    names = _image_names(sample)
+    names = image_names(sample)
     system, turns = _turns(sample)
     if any("<video>" in text for text in [system, *turns]):
         raise SampleError("video", "<video> in the text stands for a film, which this model does not take; leave the "
@@ -133,7 +133,7 @@ def conversation(sample):
     return system, turns, names
 
 
-def _image_names(sample):
+def image_names(sample):
     """The list of a sample's image paths, empty for text alone. Raises SampleError."""
     names = sample.get("image")
     if names in (None, ""):

@@ -14,9 +14,9 @@ ORDER = """cli config data flops
            llava.index llava.mixtures llava.samples llava.batches llava.__main__ llava
            report explain parallel
            layout layers encoders.siglip encoders reduction cache_tree decoding weights model
-           checkpoints router train sample
+           answers checkpoints router train sample
            paper.numbers paper.systems paper.ablate paper.bench paper.miniature paper.routing paper""".split()
-NO_TORCH = "config data flops cli toy.world llava.samples".split()  # so that flops.py and every --help answer at once
+NO_TORCH = "config data flops cli answers toy.world llava.samples".split()  # flops.py and every --help answer at once
 
 
 def name_of(path):
