@@ -65,6 +65,15 @@ def parts(name, c):
     return {f"{head}.{part}.{leaf}": rows for part, rows in found.items()} if found else {name: None}
 
 
+def as_in_files(tensors, c):
+    """{our name: tensor} -> {name in files: its rows}."""
+    found = {}
+    for name, tensor in tensors.items():
+        rows = parts(name, c)
+        found |= dict(zip(rows, tensor.split([n or len(tensor) for n in rows.values()])))
+    return found
+
+
 def our_name(key, config):
     """Our name of a tensor in a file, or None if we leave it out."""
     for prefix, ours in NAMES:
@@ -248,12 +257,7 @@ def write(model, directory, tensors):
         beside.mkdir()
         (beside / "config.json").write_text(model.config.to_json())
         tensors = tensors or {k: v.detach() for k, v in model.named_parameters()}
-        named = {}
-        for target, tensor in tensors.items():
-            names = parts(target, model.config)
-            rows = [n or len(tensor) for n in names.values()]
-            named |= dict(zip(names, tensor.split(rows)))
-        write_tensors(named, beside / "model.safetensors")
+        write_tensors(as_in_files(tensors, model.config), beside / "model.safetensors")
         shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors makes it private
         if model.tokenizer is not None:
             (beside / "tokenizer.json").write_text(model.tokenizer.to_str(pretty=True))

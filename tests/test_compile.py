@@ -28,7 +28,7 @@ def test_few_graphs_serve_all_sizes_and_configurations_with_the_same_numbers():
         a, b = plain(batch, sa), fast(batch, sa)
         assert torch.allclose(a, b, atol=1e-4)
     for (name, p), q in zip(plain.named_parameters(), fast.parameters()):
-        if name.endswith(".k_proj.bias"):  # SigLIP's: shifts all scores of a query alike, so that these are rounding alone
+        if name.endswith(".k_proj.bias"):  # SigLIP's: it shifts all scores of a query alike, so this is rounding alone
             assert max(p.grad.abs().max(), q.grad.abs().max()) < 1e-4
         elif p.grad is not None:
             assert torch.allclose(p.grad, q.grad, atol=1e-3 * p.grad.abs().max() + 1e-6), name

@@ -1,4 +1,4 @@
-"""Decoding: one step is one graph with few kernels; and the parts of a layer by themselves, in each form that they have."""
+"""Decoding: one step is one graph of few kernels; and the parts of a layer by themselves, in each of their forms."""
 import numpy as np
 import pytest
 import torch

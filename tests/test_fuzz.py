@@ -42,6 +42,7 @@ from tests.fuzzing import ROOT, Kind, check_line, distinct, faults, quiet, short
 from tests.mutations import (change_bytes, change_json, change_lines, change_picture, change_safetensors, change_text,
                              change_words)
 from tests.test_loading import write
+from weights import as_in_files
 
 # --- the inputs as they should be -----------------------------------------------------------------------------------
 
@@ -72,7 +73,8 @@ def tensors(model, *renamed):
     """A model's weights by other names: (our prefix, theirs)."""
     def theirs(name):
         return next((new + name[len(old):] for old, new in renamed if name.startswith(old)), name)
-    return {theirs(name): p.detach().clone() for name, p in model.named_parameters()}
+    own = as_in_files({name: p.detach().clone() for name, p in model.named_parameters()}, model.config)
+    return {theirs(name): x for name, x in own.items()}
 
 
 @lru_cache(maxsize=1)

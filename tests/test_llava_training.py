@@ -214,6 +214,17 @@ def test_bfloat16_arithmetic(files, tmp_path, capsys, stage):
     assert all(x.dtype == torch.float32 for x in now.values())
 
 
+def test_bfloat16_learns_as_float32(files, tmp_path):
+    """Losses stay within 1 % of one another over 20 steps that bring them down."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        flags = arguments(files, tmp_path / dtype, "--steps", 20, "--dtype", dtype, "--skip-stage-1")
+        assert call(*flags, "--batch-size", 4) == 0
+        losses[dtype] = np.array([row["loss"] for row in log(tmp_path / dtype) if "loss" in row])
+    assert losses["float32"][-1] < 0.7 * losses["float32"][0]
+    assert (abs(losses["bfloat16"] - losses["float32"]) < 0.01 * losses["float32"]).all()
+
+
 # --- kills ---
 
 KILLER = """

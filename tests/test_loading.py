@@ -18,6 +18,7 @@ import config as settings
 from data import collate, encode, process_image
 from model import VLM
 from tests import tiny
+from weights import as_in_files
 
 TEXT = {"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 264, "rope_theta": 1e4, "rms_norm_eps": 1e-6}
@@ -80,7 +81,7 @@ def write(directory, tensors, config, shards=1):
 
 def tensors_of(model, extra_layer=False, padding=0):
     """Its weights as a file has them: with the unused post-layernorm; on demand a further tower layer, more rows."""
-    out = {k: v.detach().clone() for k, v in model.named_parameters()}
+    out = as_in_files({k: v.detach().clone() for k, v in model.named_parameters()}, model.config)
     out["vision_tower.post_layernorm.weight"] = torch.ones(48)
     out["vision_tower.post_layernorm.bias"] = torch.zeros(48)
     if extra_layer:
@@ -164,6 +165,24 @@ def test_saving_over_shards(tmp_path):
     new = tiny.model(seed=1)
     new.save_pretrained(tmp_path / "c")
     assert answers_alike(new, VLM.from_pretrained(tmp_path / "c"))
+
+
+def test_products_that_are_one_matrix_here_are_several_in_files(tmp_path):
+    """A file has Hugging Face's names, and one of them that is missing is named as such."""
+    model = tiny.model()
+    model.save_pretrained(tmp_path / "c")
+    saved = load_file(tmp_path / "c/model.safetensors")
+    assert not any(x in name for name in saved for x in ("qkv_proj", "kv_proj", "gate_up_proj"))
+    layer, theirs = model.language_model.layers[1], "language_model.layers.1."
+    for part, rows in (("q", slice(0, 64)), ("k", slice(64, 96)), ("v", slice(96, 128))):
+        assert torch.equal(saved[f"{theirs}self_attn.{part}_proj.weight"], layer.self_attn.qkv_proj.weight[rows])
+        assert torch.equal(saved[f"{theirs}self_attn.{part}_proj.bias"], layer.self_attn.qkv_proj.bias[rows])
+    assert torch.equal(saved[theirs + "mlp.up_proj.weight"], layer.mlp.gate_up_proj.weight[96:])
+    assert torch.equal(saved["language_model.cross.2.v_proj.bias"], model.language_model.cross["2"].kv_proj.bias[32:])
+    del saved[theirs + "self_attn.v_proj.bias"]
+    save_file(saved, tmp_path / "c/model.safetensors")
+    with pytest.raises(ValueError, match=r"missing: language_model\.layers\.1\.self_attn\.v_proj\.bias;"):
+        VLM.from_pretrained(tmp_path / "c")
 
 
 @pytest.mark.parametrize("visor", [False, True])
