@@ -7,10 +7,10 @@ A line for each check: PASS, FAIL or SKIP, the number found, and the most that i
 pictures and questions that both sides get; transformers runs before ours is loaded, so that memory holds one of them.
 Then VISOR's ways to save work, each against the plain way of computing the same, with the same weights.
 
-How far apart two ways may be. In float32: 1e-4 of the standard deviation of the logits, thirty times what random models
-show. In bfloat16 it is measured: logits in float32 of the same, rounded weights are the truth, and our way may be at
-most twice as far from it as the plain way (or transformers) is in bfloat16. Twice, because the largest of many errors
-is itself uncertain; ratios of 0.8 to 1.2 were seen.
+How far apart two ways may be. In float32: 1e-4 of the standard deviation of the logits, five times what the miniature
+shows and thirty times what random models do. In bfloat16 it is measured: logits in float32 of the same, rounded weights
+are the truth, and our way may be at most twice as far from it as the plain way (or transformers) is in bfloat16. Twice,
+because the largest of many errors is itself uncertain: ratios of 0.8 to 1.2 were seen.
 """
 import hashlib
 import json
@@ -92,7 +92,7 @@ class Report:
         self.lines = []
 
     def add(self, name, ok, note="", measured=None, bound=None):
-        """ok: whether it passed; None: it was skipped. Returns the bound."""
+        """ok: whether it passed; None: it was skipped. note: where it is worst. Returns the bound."""
         status = {True: "PASS", False: "FAIL", None: "SKIP"}[ok]
         finite = measured is None or math.isfinite(measured)
         self.lines.append({"check": name, "status": status, "measured": measured if finite else str(measured),
@@ -108,7 +108,7 @@ class Report:
         bound = 2 * max(largest(a - b) for a, b in zip(plain, exact)) if exact else 1e-4 * max(
             x.std().item() for x in plain)
         worst = int(far.argmax())  # NaN counts as the largest
-        return self.add(name, bool(far[worst] <= bound), f"worst: {labels[worst]}", float(far[worst]), bound)
+        return self.add(name, bool(far[worst] <= bound), labels[worst], float(far[worst]), bound)
 
     def tokens(self, name, labels, ours, plain, margins, tie):
         """Lists of greedy answers: equal in float32 (tie None), elsewhere up to where the plain side's two likeliest
@@ -164,8 +164,8 @@ def load_theirs(directory, dtype, device):
 
 @torch.no_grad()
 def their_answer(model, processor, case, c, timings, decode=True):
-    """A dict of pixels, tokens an image ("counts"), and unless these differ from ours logits (Nt, vocab), the greedy
-    answer and its margins. Their modules one after the other, without generate()."""
+    """A dict of pixels, tokens an image ("counts"), and unless these differ from ours logits (Nt, vocab) and the greedy
+    answer. Their modules one after the other, without generate()."""
     prompt, like, pixels, features = case.prompt, model.lm_head.weight, [], []
     if case.images:
         sent = processor([case.images] if len(case.images) > 1 else case.images, return_tensors="pt")
@@ -184,16 +184,22 @@ def their_answer(model, processor, case, c, timings, decode=True):
             x[0, v_pos] = torch.cat(list(features))
         out = model(inputs_embeds=x, use_cache=True, logits_to_keep=t_pos)
     found["logits"] = out.logits[0, :, :c.vocab].float().cpu()  # rows beyond the vocabulary are padding
-    tokens, margins = [], []
-    with timer(timings, "decode", like.device):
-        while decode and len(tokens) < TOKENS and END not in tokens:
+    return {**found, **(their_tokens(model, out, c, timings) if decode else {})}
+
+
+def their_tokens(model, out, c, timings):
+    """The greedy answer that goes on from a forward's output, and by how much each token is ahead of the second."""
+    tokens, margins, device = [], [], out.logits.device
+    with timer(timings, "decode", device):
+        while len(tokens) < TOKENS and END not in tokens:
+            if tokens:
+                out = model(input_ids=torch.tensor([tokens[-1:]], device=device),
+                            past_key_values=out.past_key_values, use_cache=True)
             (token,), (margin,) = likeliest(out.logits[0, -1:, :c.vocab])
             tokens.append(END if token in c.stop_ids else token)
             margins.append(margin)
-            if len(tokens) < TOKENS and tokens[-1] != END:
-                out = model(input_ids=ids.new_tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
     timings["tokens"] = timings.get("tokens", 0) + len(tokens) - 1
-    return {**found, "tokens": tokens, "margins": margins}
+    return {"tokens": tokens, "margins": margins}
 
 
 def run_theirs(directory, cases, c, dtype, device):
@@ -229,12 +235,12 @@ def compare(report, cases, theirs, ours, dtype):
                     for a, b in zip(theirs, ours) if b["pixels"]])
     # Both sides round a number up to 1 once: a step of bfloat16 there is 1 / 256
     report.add("pixels", bool(far.max() <= (bound := 0.0 if dtype == torch.float32 else 2.0 ** -8)),
-               f"worst: {names[far.argmax()]}", float(far.max()), bound)
+               names[far.argmax()], float(far.max()), bound)
     counts = [[x.tiling.tokens for x in case.prompt.images] for case in cases]
     wrong = [f"{case.name}: {own}, transformers {x['counts']}" for case, own, x in zip(cases, counts, theirs)
              if own != x["counts"]]
     total = sum(map(sum, counts))
-    report.add("visual tokens", not wrong, wrong[0] if wrong else f"{total:,} in {len(names)} prompts, all equal")
+    report.add("visual tokens", not wrong, wrong[0] if wrong else f"{total:,}, all equal")
     rows = [i for i, x in enumerate(theirs) if "logits" in x]
     labels = [cases[i].name for i in rows]
 
@@ -302,13 +308,14 @@ def main(argv=None):
              "torch": torch.__version__, "transformers": version, "device": device, "dtype": str(dtype)[6:],
              "model": args.model, "sha256": {file.name: sha256(file) for file in weight_files(directory)},
              "prompts": {case.name: len(case.prompt.v_pos) for case in cases}}
-    print(f"{args.model}, {about['dtype']}\n{about['machine']}, torch {about['torch']}, transformers {version}\n")
+    print(f"{args.model}, {about['dtype']}\n{about['machine']}, torch {about['torch']}, transformers {version}\n\n"
+          f"      {'check':<30} {'found of bound':<19}  where")
     report, theirs, seconds = Report(), None, {}
     kind = read_json(directory / "config.json").get("model_type")
     if kind == "llava_onevision":
         theirs, seconds["transformers"] = run_theirs(directory, cases, c, dtype, device)
     else:
-        report.add("transformers", None, f"does not load model_type {short(kind)}; what follows is VISOR alone")
+        report.add("transformers", None, f"does not load {short(kind)}")
     model = VLM.from_pretrained(directory, dtype, device)
     if theirs:
         our_answer(model, cases[0], {})  # warms up

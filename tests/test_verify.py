@@ -141,7 +141,7 @@ def test_other_pixels_and_other_tilings_are_seen(checkpoints, tmp_path, monkeypa
         patch.setattr(data, "pixels", lambda image, *how: real(image.point(lambda byte: byte ^ 1), *how))
         status, lines = check(checkpoints["untied"], tmp_path, "--quick")
         assert status == 1 and failed(lines) - {"greedy tokens"} == {"pixels", "logits"}
-        assert lines["pixels"]["measured"] == pytest.approx(2 / 255, rel=1e-4)
+        assert 0.007 < lines["pixels"]["measured"] < 0.05  # a step of 2 / 255, and what resizing makes of it
     monkeypatch.setattr(verify, "read_config", lambda path, real=verify.read_config: real(checkpoints["few grids"]))
     status, lines = check(checkpoints["untied"], tmp_path, "--quick")
     assert status == 1 and failed(lines) == {"pixels", "visual tokens"}
