@@ -144,7 +144,7 @@ def test_other_pixels_and_other_tilings_are_seen(checkpoints, tmp_path, monkeypa
         assert 0.007 < lines["pixels"]["measured"] < 0.05  # a step of 2 / 255, and what resizing makes of it
     monkeypatch.setattr(verify, "read_config", lambda path, real=verify.read_config: real(checkpoints["few grids"]))
     status, lines = check(checkpoints["untied"], tmp_path, "--quick")
-    assert status == 1 and failed(lines) == {"pixels", "visual tokens"}
+    assert status == 1 and {"pixels", "visual tokens"} <= failed(lines)  # equal counts may hide other grids
     assert lines["visual tokens"]["note"].startswith("small: [") and lines["pixels"]["measured"] == "inf"
 
 
