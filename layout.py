@@ -43,7 +43,7 @@ class KV:
         self.capacity, self.kv = capacity, None
 
     def update(self, kv, cache_index, length):
-        """Stores new kv (B, N, 2 * Hkv, D) at cache_index: rows (B, 1), positions (B, N). Returns the first `length`."""
+        """Stores new kv (B, N, 2 * Hkv, D) at cache_index: rows (B, 1), places (B, N). Returns the first `length`."""
         if self.kv is None:  # in the dtype that the products have, under autocast too
             self.kv = kv.new_zeros(len(kv), max(self.capacity, length), *kv.shape[2:])
         self.reserve(length)         # a conversation longer than was foreseen

@@ -404,7 +404,8 @@ class VLM(nn.Module):
     def from_pretrained(cls, name, dtype=torch.float32, device="cpu"):
         """Loads a checkpoint directory, a hub id, or "SIGLIP+QWEN2": two directories or ids and a new connector.
 
-        dtype: of torch, or "auto", see cli.choose_dtype. Raises ValueError with one line that names the file and the mend. Notes on stderr what it loaded."""
+        dtype: of torch, or "auto", see cli.choose_dtype. Raises ValueError with one line that names the file and the
+        mend. Notes on stderr what it loaded."""
         return weights.load(cls, name, dtype, device)
 
     def save_pretrained(self, directory, tensors=None):

@@ -322,8 +322,7 @@ def first_model(stage, source, args, out):
 def first_settings(stage, args, model, samples):
     """The settings of a stage that begins: its recipe, and what the command line gives."""
     given = given_settings(args)
-    n = sum(p.numel() for p in model.parameters())
-    dtype, _ = choose_dtype("auto" if samples else "float32", model.device, n)
+    dtype, _ = choose_dtype("auto" if samples else "float32", model.device, math.inf)
     common = {**DEFAULTS, "seed": 0, "save_every": 200, "dtype": str(dtype)[6:], "threads": torch.get_num_threads(),
               "joined": stage == 0 and model.config.stage == "pretrained"}
     if samples is None:

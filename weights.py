@@ -200,7 +200,8 @@ def load(kind, name, dtype, device):
     n = sum(p.numel() for p in model.parameters())
     dtype, why = choose_dtype(dtype, device, n)
     for target, p in list(model.named_parameters()):
-        found = [read(*files[name], rows or p.shape[0]) for name, rows in parts(target, config).items() if name in files]
+        pieces = parts(target, config)
+        found = [read(*files[name], rows or p.shape[0]) for name, rows in pieces.items() if name in files]
         if found:  # else its module is new
             owner, _, leaf = target.rpartition(".")
             tensor = found[0] if len(found) == 1 else torch.cat(found)

@@ -97,3 +97,12 @@ def test_the_routers_figures_are_those_that_were_measured():
 def test_the_ablations_figures_are_those_that_were_measured():
     results = json.loads((RESULTS / "ablate.json").read_text())
     assert ablate.tables(results["runs"], results["dense"]) in EVIDENCE
+
+
+def test_the_verification_is_the_one_that_was_run():
+    result = json.loads((RESULTS / "verify.json").read_text())
+    shown = re.search(r"```\n(random, float32\n.*?)```", EVIDENCE, re.S)[1]
+    assert result["ok"] and f"torch {result['torch']}, transformers {result['transformers']}" in shown
+    for line in result["lines"]:
+        numbers = "" if line["measured"] is None else f"{line['measured']:.1e} of {line['bound']:.1e}"
+        assert f"PASS  {line['check']:<30} {numbers:<19}  {line['note']}\n" in shown, line

@@ -15,7 +15,8 @@ ORDER = """cli config data flops
            report explain parallel
            layout layers encoders.siglip encoders reduction cache_tree decoding weights model
            answers checkpoints router train sample
-           paper.numbers paper.systems paper.ablate paper.bench paper.miniature paper.routing paper""".split()
+           paper.numbers paper.systems paper.ablate paper.bench paper.miniature paper.routing paper.masked
+           paper.equalities paper.verify paper""".split()
 NO_TORCH = "config data flops cli answers toy.world llava.samples".split()  # flops.py and every --help answer at once
 
 
