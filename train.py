@@ -32,7 +32,7 @@ from cli import NANO, Parser, Unwritable, append_rows, checkpoint_path, free_thr
 from config import checked, read_config
 from flops import sa_name
 from llava.batches import ConversationBatches
-from llava.samples import EvalQuestions, Samples
+from llava.samples import Samples, eval_questions, reference_prompt
 from model import VLM
 from parallel import Distributed, full_tensor, shard
 from toy import world
@@ -87,7 +87,7 @@ def make_batches(model, stage, out, s, samples, distributed):
         return ToyBatches(model, s["seed"], s["batch_size"], s["turns"], s.get("auxiliary_weight", 0.0),
                           s.get("drop_vision_from", 0), s.get("largest_first", 0), s["steps"], stage)
     n, seed = s["questions"], s["seed"]
-    eval_set = EvalQuestions(samples, n, seed) if samples else world.eval_set(seed, n, world.TRAIN)
+    eval_set = eval_questions(samples, n, seed) if samples else world.eval_set(seed, n, world.TRAIN)
     results = router.log_results(out / "labels.jsonl", model, eval_set)
     targets = router.pseudo_labels(model.config.viable, results, s["labels"], s["leave_out"])
     return router.RouterBatches(model, eval_set, targets, s["seed"], s["batch_size"], s["label_smoothing"])
@@ -370,9 +370,9 @@ def main(argv=None):
             print_report(model, args, out)
         elif distributed.rank == 0:
             if stages == [3]:  # with the questions that it has learned from
-                eval_set = EvalQuestions(samples, settings["questions"], settings["seed"])
+                eval_set = eval_questions(samples, settings["questions"], settings["seed"])
                 results = router.all_results(model, eval_set, model.config.viable)
-                table = router.summarise(model.config, results, *eval_set.reference_prompt())
+                table = router.summarise(model.config, results, *reference_prompt(samples, eval_set, results))
                 print(table.text() + "\n\n" + table.routes())
             print(newest(out, stages))
     distributed.close()
@@ -434,11 +434,10 @@ def print_report(model, args, out):
     c, eval_set = model.config, world.eval_set(args.seed or 0, args.questions)
     everything = [tuple(range(c.layers))]
     results = router.all_results(model, eval_set, c.viable or everything)
-    dense = router.all_results(VLM.from_pretrained(DENSE), eval_set, everything) if c.viable else None
+    dense = VLM.from_pretrained(DENSE, device=model.device) if c.viable else None
+    dense = dense and router.all_results(dense, eval_set, everything)
     table = router.summarise(c, results, world.STRATA, *world.REFERENCE_PROMPT, dense)
-    print(table.text())
-    if model.router is not None:
-        print("\n" + table.routes())
+    print(table.text() + ("\n\n" + table.routes() if c.router else ""))
     table.save(out / "table.json")
     try:
         table.draw(out / "table.png")
