@@ -83,9 +83,9 @@ def restore(checkpoint, opts):
         shape = () if key == "step" else getattr(p, "shape", None)
         if p is None or key not in STATES[kind] or x.shape != shape or x.dtype != torch.float32:
             raise damaged(file, f"it has {label}, which this run's optimisers have not")
-        if x.ndim:  # a step counter stays where it is
-            x = x.to(p.device)
-            x = distribute_tensor(x, p.device_mesh, p.placements) if hasattr(p, "device_mesh") else x
+        x = x.to(p.device)  # the step's counter too: fused kernels read it there
+        if x.ndim and hasattr(p, "device_mesh"):
+            x = distribute_tensor(x, p.device_mesh, p.placements)
         opt.state[p][key] = x
     for kind, (opt, names, _) in opts.items():
         for name, p in zip(names, opt.param_groups[0]["params"]):  # one that had no gradient yet has no state

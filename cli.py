@@ -27,6 +27,13 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message}{' blank ones' * message.endswith('unrecognized arguments:')}", file=sys.stderr)
         raise SystemExit(2)
 
+    def add_placement(self, dtype="auto"):
+        """--device and --dtype, for `placement`. dtype: the default."""
+        self.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+        self.add_argument("--dtype", default=dtype, choices=("auto", "float32", "bfloat16", "float16"),
+                          help="(default: auto: bfloat16 on CUDA and where a processor has AMX tiles, else float32)"
+                          if dtype == "auto" else f"(default: {dtype})")
+
 
 class Unfailing:
     """A stream that drops what it cannot write: that nobody listens any more is no reason to end a training."""

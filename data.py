@@ -198,12 +198,12 @@ def to_rgb(image, transparency="drop"):
     return image.convert("RGB")
 
 
-# A byte's value in the network. Through float64, as Hugging Face's processor: bit for bit the same
+# A byte's value in the network, looked up on the device. Through float64, as Hugging Face's processor: the same bits
 NORMALISED = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
 
 
 def pixels(image, tiles, config):
-    """(tiles, 3, tile, tile) float32 in [-1, 1]: the base tile, then the grid row by row."""
+    """(tiles, 3, tile, tile) uint8: the base tile, then the grid row by row."""
     size = config.tile, config.tile
     if tiles.canvas is None:  # one of several images: square on grey 127, then one tile
         square = Image.new("RGB", (max(image.size),) * 2, (127, 127, 127))
@@ -217,11 +217,11 @@ def pixels(image, tiles, config):
         crops += [canvas.crop((x, y, x + config.tile, y + config.tile))
                   for y in range(0, h, config.tile) for x in range(0, w, config.tile)]
     # In plain order in memory, as it also comes from a worker process: another order means other rounding in the tower
-    return NORMALISED[np.ascontiguousarray(np.stack([np.asarray(crop).transpose(2, 0, 1) for crop in crops]))]
+    return np.ascontiguousarray(np.stack([np.asarray(crop).transpose(2, 0, 1) for crop in crops]))
 
 
 class ProcessedImage(NamedTuple):
-    pixels: np.ndarray  # (tiles, 3, tile, tile) float32
+    pixels: np.ndarray  # (tiles, 3, tile, tile) uint8
     tiling: Tiling
 
 

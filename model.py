@@ -18,6 +18,7 @@ from cache_tree import CacheTree
 from cli import not_finite, timer
 from config import group_by_configuration
 from data import Prompt, collate, target_mask
+from encoders import normalise, send
 from encoders.siglip import VisionTower
 from flops import llm_flops
 from decoding import NOT_FINITE, decode, sample_token
@@ -129,10 +130,10 @@ class VLM(nn.Module):
 
     def encode(self, images):
         """A list of data.ProcessedImage -> one (tokens, d) tensor each. All tiles go through the encoder together."""
-        tiles = torch.cat([torch.from_numpy(x.pixels) for x in images])              # (tiles, 3, tile, tile)
-        tiles = tiles.to(self.device, self.image_newline.dtype)
+        tiles = torch.cat([torch.from_numpy(x.pixels) for x in images])              # (tiles, 3, tile, tile) uint8
+        tiles, dtype = send(tiles, self.device), self.image_newline.dtype
         # 16 at a time bound the memory; in training all at once, as every rank must call the encoder equally often
-        pieces = tiles.split(len(tiles) if torch.is_grad_enabled() else 16)
+        pieces = (normalise(x, dtype) for x in tiles.split(len(tiles) if torch.is_grad_enabled() else 16))
         features = [reduce(self.vision_tower(x), self.config) for x in pieces]       # (pieces, side * side, features)
         features = torch.cat([self.multi_modal_projector(x) for x in features])      # (tiles, side * side, d)
         features = features.split([x.tiling.tiles for x in images])

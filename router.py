@@ -6,7 +6,8 @@
 
 `evaluate` asks the same questions in several configurations and gives a result for each question; viable
 configurations, pseudo-labels and reports are made from these results. layers.Policy is the network, VLM.route calls it,
-train.py --stage 3 trains it on RouterBatches. An evaluation set is a list of (image, [(task, question, answer), ...]).
+train.py --stage 3 trains it on RouterBatches. An evaluation set is a list of (PIL image or path of one, [(task,
+question, answer), ...]).
 """
 import json
 import sys
@@ -24,28 +25,50 @@ import data
 import report
 from cli import Parser, append_rows, atomic, checkpoint_path, free_threads, not_finite, placement, run
 from flops import llm_flops, sa_name
-from llava.samples import EvalQuestions, Samples
+from layout import upload
+from llava.samples import Samples, eval_questions, reference_prompt
 from model import VLM
 from toy import world
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
+def image_batches(eval_set, config, done=(), progress=False, batch_size=128, tokens=1 << 14, waiting=1 << 29):
+    """Lists of (number, data.ProcessedImage, questions) of the set's images, of those with equally many visual tokens
+    and questions, so that no visual tokens are padded.
 
-def image_batches(eval_set, config, batch_size=128, tokens=1 << 14):
-    """Numbers of the set's images, in lists of those with equally many visual tokens and questions. A list has up to
-    batch_size images, and no more than `tokens` visual tokens unless it is one image."""
-    groups = {}  # (visual tokens, questions): numbers
-    for i, (image, questions) in enumerate(eval_set):
-        groups.setdefault((data.tiling(*image.size, config).tokens, len(questions)), []).append(i)
-    batches = []  # equally large images go together, so that no visual tokens are padded
-    for (visual_tokens, _), numbers in groups.items():
-        size = max(1, min(batch_size, tokens // visual_tokens))  # what a batch may hold in memory
-        batches += [numbers[i:i + size] for i in range(0, len(numbers), size)]
-    return batches
+    Each image is decoded once and waits until its list has batch_size images or would pass `tokens` visual tokens with
+    another; where more than `waiting` bytes wait, the largest list goes. An image that cannot be read is named on
+    stderr and passed over. done: numbers of images to leave out. Raises ValueError where none can be read.
+    """
+    groups, unread = {}, 0  # (visual tokens, questions): those that wait
+    for i, (image, questions) in enumerate(tqdm(eval_set, "evaluation", disable=not progress, leave=False, ncols=80)):
+        if i in done:
+            continue
+        try:
+            x = data.process_image(opened(image), config)
+        except data.SampleError as e:
+            tqdm.write(f"{e}; passed over", file=sys.stderr)
+            unread += 1
+            continue
+        kind = x.tiling.tokens, len(questions)
+        groups.setdefault(kind, []).append((i, x, questions))
+        size = {k: sum(x.pixels.nbytes for _, x, _ in group) for k, group in groups.items()}
+        if len(groups[kind]) >= min(batch_size, tokens // x.tiling.tokens):
+            yield groups.pop(kind)
+        elif sum(size.values()) > waiting:
+            yield groups.pop(max(size, key=size.get))
+    yield from groups.values()
+    if unread == len(eval_set):
+        raise ValueError("none of the images can be read: nothing to evaluate")
+
+
+def opened(image):
+    """The PIL image of an evaluation set, which has paths where it comes from a file."""
+    return data.load_image(image) if isinstance(image, Path) else image
 
 
 @torch.no_grad()
-def evaluate(model, eval_set, configurations, only=None, progress=True):
+def evaluate(model, eval_set, configurations, done=(), progress=True):
     """Yields a list of results for each batch of images: one dict for each question.
 
     {"image": number in the set, "task", "question", "answer", "correct": [1 or 0 for each configuration],
@@ -53,20 +76,19 @@ def evaluate(model, eval_set, configurations, only=None, progress=True):
      index of what the router chooses, where the model has one and the configurations are its own}
 
     An answer is correct if greedy decoding gives exactly it: if each of its tokens, and <|im_end|> after them, is the
-    likeliest given those before. One teacher-forced forward tells that, and the loss with it. Each image is encoded
-    once; what configurations have in common is computed once for all of them, as they walk one CacheTree. only: of
-    image_batches, those to evaluate (default: all).
+    likeliest given those before. One teacher-forced forward tells that, and the loss with it. Each image is decoded and
+    encoded once; what configurations have in common is computed once for all of them, as they walk one CacheTree. done,
+    progress: as in image_batches.
     """
     prefix, _ = data.split_shared(data.chatml([data.place_images("?", 1)]))  # system text and image
-    batches = image_batches(eval_set, model.config) if only is None else only  # `only`: a run that goes on
-    for numbers in tqdm(batches, desc="evaluation", disable=not progress, leave=False, ncols=80):
-        images = [data.process_image(eval_set[i][0], model.config) for i in numbers]  # equally many tokens
-        tree = model.prefill([data.encode(prefix, model.tokenizer, [x]) for x in images], list(configurations), 64)
-        results = []  # of this batch
-        for questions in zip(*(eval_set[i][1] for i in numbers)):            # the k-th question of every image
-            scores = score_answers(model, [(q, a) for _, q, a in questions], tree)
+    for batch in image_batches(eval_set, model.config, done, progress):
+        prompts = [data.encode(prefix, model.tokenizer, [x]) for _, x, _ in batch]
+        tree = model.prefill(prompts, list(configurations), 64)
+        results = []                                                         # of this batch
+        for asked in zip(*(questions for *_, questions in batch)):           # the k-th question of every image
+            scores = score_answers(model, [(q, a) for _, q, a in asked], tree)
             results += [{"image": i, "task": task, "question": q, "answer": a, **score}
-                        for i, (task, q, a), score in zip(numbers, questions, scores)]
+                        for (i, *_), (task, q, a), score in zip(batch, asked, scores)]
         yield sorted(results, key=lambda r: r["image"])
 
 
@@ -81,33 +103,37 @@ def score_answers(model, pairs, tree):
     batch, labels = data.collate(prompts), data.pad(labels, -1)              # (B, Nt) where an answer stands, else -1
     is_target = data.target_mask(labels, batch.t_pos)                        # (B, Nt - 1)
     sample, token = is_target.nonzero()                                      # on the host
-    targets = torch.from_numpy(labels[sample, token + 1]).to(model.device)
+    on = upload(model.device, index=sample * labels.shape[1] + token, targets=labels[sample, token + 1])
     segments = len(tree.segments)
     model.extend(tree, batch)                                                # the layers that all configurations share
-    scores = [{"correct": [], "prefix_match": [], "loss": []} for _ in pairs]  # an entry a configuration
+    routes = []
     if model.router is not None and tuple(tree.configurations) == model.config.viable:
-        for score, sa in zip(scores, model.route(tree, batch.answer_starts)):  # before the answer: it is not seen
-            score["route"] = model.config.viable.index(sa)
+        routes = model.route(tree, batch.answer_starts)                      # before the answer: it is not seen
+    found = []                                                               # (2, targets) of each configuration
     for sa in tree.configurations:                                           # each goes on where they branch
-        h = model.language_model.norm(tree.run(sa)[0][sample, token])        # (targets, d)
-        logits = model.head(h)                                               # (targets, vocab)
-        hit, loss = np.ones(is_target.shape), np.zeros(is_target.shape)      # (B, Nt - 1)
-        hit[sample, token] = (logits.argmax(-1) == targets).cpu().numpy()
-        loss[sample, token] = F.cross_entropy(logits.float(), targets, reduction="none").cpu().numpy()
-        if not np.isfinite(loss).all():
+        h = tree.run(sa)[0].flatten(0, 1).index_select(0, on.index)          # (targets, d)
+        logits = model.head(model.language_model.norm(h))                    # (targets, vocab) stay on the device
+        loss = F.cross_entropy(logits.float(), on.targets, reduction="none")
+        found.append(torch.stack([logits.argmax(-1) == on.targets, loss]))
+    hit, loss = np.ones((len(found), *is_target.shape)), np.zeros((len(found), *is_target.shape))
+    hit[:, sample, token], loss[:, sample, token] = torch.stack(found, 1).cpu().numpy()  # the only thing read back
+    for sa, own in zip(tree.configurations, loss):
+        if not np.isfinite(own).all():
             raise not_finite(f"the loss of configuration {sa_name(model.config, sa)}", logits.dtype)
-        matches = (hit.cumprod(1) * is_target).sum(1)                        # targets before the first wrong one
-        for score, n, length, x in zip(scores, matches, is_target.sum(1), loss.sum(1)):
-            score["correct"].append(int(n == length))                        # the whole answer, and where it ends
-            score["prefix_match"].append(int(n))
-            score["loss"].append(round(float(x), 5))
+    matches = (hit.cumprod(2) * is_target).sum(2).astype(int)                # targets before the first wrong one
+    scores = [{"correct": [int(n == length) for n in own],                   # the whole answer, and where it ends
+               "prefix_match": own.tolist(), "loss": [round(x, 5) for x in losses.tolist()]}
+              for own, length, losses in zip(matches.T, is_target.sum(1), loss.sum(2).T)]
+    for score, sa in zip(scores, routes):
+        score["route"] = model.config.viable.index(sa)
     tree.truncate(segments)                                                  # ready for the next question
     return scores
 
 
 def all_results(model, eval_set, configurations, progress=True):
-    """The results of a whole evaluation."""
-    return [r for batch in evaluate(model, eval_set, configurations, progress=progress) for r in batch]
+    """The results of a whole evaluation, in the order of its images."""
+    results = [r for batch in evaluate(model, eval_set, configurations, progress=progress) for r in batch]
+    return sorted(results, key=lambda r: r["image"])
 
 
 def accuracy(results, i):
@@ -166,29 +192,32 @@ def viable(config, configurations, results, keep=0.99, text=40, vision=1000):
 # --- pseudo-labels (paper 4.3, appendix D) --------------------------------------------------------------------------
 
 def log_results(path, model, eval_set):
-    """Results in all viable configurations, in a JSON Lines file whose first line says of what. What the file has
+    """Results in all viable configurations, also in a JSON Lines file whose first line says of what. What the file has
     already is not done again. Raises ValueError if the file is about something else."""
-    path, batches = Path(path), image_batches(eval_set, model.config)
-    sizes = [sum(len(eval_set[i][1]) for i in numbers) for numbers in batches]  # questions
-    head = json.dumps({"viable": model.config.viable, **fingerprint(model, eval_set), "questions": sizes})
+    path = Path(path)
+    head = json.dumps({"viable": model.config.viable, **fingerprint(model, eval_set)})
     lines = path.read_text(errors="replace").split("\n") if path.is_file() else [""]  # "" stands for the head to come
     unfinished = lines.pop()  # the last line, as far as it was written
     other = lines[0] != head if lines else not head.startswith(unfinished)
     if other:
         raise ValueError(f"{path} is about another model or evaluation set; remove it, or name another file")
-    found, done = [], 0       # whole batches only: the last one may have been cut short, or any be damaged
-    for size in sizes:
-        batch = [read_result(line, model, eval_set) for line in lines[1 + len(found):1 + len(found) + size]]
-        if len(batch) < size or None in batch:
+    found, batch = [], []     # whole batches only: the last one may have been cut short, or any be damaged
+    for line in lines[1:]:
+        row = read_result(line, model, eval_set)
+        if row is None or batch and row["left"] != batch[-1]["left"] - 1:
             break
-        found, done = found + batch, done + 1
+        batch.append(row)
+        if row["left"] == 0:
+            found += batch
+            batch = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as beside:
         beside.write_text("\n".join([head, *lines[1:1 + len(found)], ""]))
-    for results in evaluate(model, eval_set, model.config.viable, only=batches[done:]):
-        append_rows(path, results)  # a kill costs one batch
-        found += results
-    return found
+    for results in evaluate(model, eval_set, model.config.viable, {row["image"] for row in found}):
+        rows = [{**r, "left": len(results) - i} for i, r in enumerate(results, 1)]  # rows of its batch that follow
+        append_rows(path, rows)  # a kill costs one batch
+        found += rows
+    return sorted(found, key=lambda r: r["image"])
 
 
 def read_result(line, model, eval_set):
@@ -197,20 +226,22 @@ def read_result(line, model, eval_set):
         r = json.loads(line)
         whole = all(len(r[k]) == len(model.config.viable) and np.isfinite(r[k]).all()
                     for k in ("correct", "prefix_match", "loss"))
-        return r if whole and (r["task"], r["question"], r["answer"]) in eval_set[r["image"]][1] else None
+        whole = whole and type(r["left"]) is int and (r["task"], r["question"], r["answer"]) in eval_set[r["image"]][1]
+        return r if whole else None
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
 
 
 def fingerprint(model, eval_set):
-    """Checksums of a model, its router left out, and of an evaluation set."""
+    """Checksums of a model, its router left out, and of an evaluation set, its images as they stand in their files."""
     settings = {**vars(model.config), "router": False, "route_threshold": 0, "stage": "", "step": 0}  # no history
     of_model, of_set = zlib.crc32(json.dumps(settings).encode()), 0
     for label, p in model.named_parameters():
         if not label.startswith("router."):
             of_model = zlib.crc32(p.detach().float().cpu().numpy().tobytes(), of_model)
     for image, questions in eval_set:
-        of_set = zlib.crc32(image.tobytes() + json.dumps(questions).encode(), of_set)
+        content = image.read_bytes() if isinstance(image, Path) else image.tobytes()
+        of_set = zlib.crc32(content + json.dumps(questions).encode(), of_set)
     return {"model": of_model, "eval_set": of_set}
 
 
@@ -269,7 +300,7 @@ class RouterBatches:
         drawn = np.random.default_rng((self.seed, i)).integers(len(self.targets), size=self.batch_size)  # (B,)
         prompts = []
         for image, question, _ in (self.targets[k] for k in drawn):
-            processed = data.process_image(self.eval_set[image][0], self.model.config)
+            processed = data.process_image(opened(self.eval_set[image][0]), self.model.config)
             text = data.chatml([data.place_images(question, 1)])
             prompts.append(data.encode(text, self.model.tokenizer, [processed]))
         return data.collate(prompts), torch.tensor([self.targets[k][2] for k in drawn])
@@ -338,13 +369,10 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
     p.add_argument("--keep", type=float, default=0.99, metavar="F", help="share of accuracy to hold (default: 0.99)")
     p.add_argument("--out", metavar="FILE.png", help="where --search and --report draw (default: nowhere)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                   help="(default: auto)")
+    p.add_placement()
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: as many as there are idle "
                    "cores)")
-    p.add_argument("--compile", action="store_true", help="torch.compile what repeats (see VLM.compile): a minute, for "
-                   "large models")
+    p.add_argument("--compile", action="store_true", help="torch.compile what repeats (see VLM.compile)")
     args = p.parse_args(argv)
     if args.search + bool(args.label) + args.report != 1:
         p.error("give one of --search, --label FILE and --report")
@@ -363,22 +391,21 @@ def main(argv=None):
     torch.set_num_threads(args.threads or free_threads())
     directory = Path(checkpoint_path(args.model))
     model = VLM.from_pretrained(directory, args.dtype, placement(args.device))
+    c = model.config
     if args.compile:
         model.compile()
-    c = model.config
     if not c.sa:
         raise ValueError(f"{directory} is a dense model: train stages 1 and 2 first")
     if args.data != "toy":
         samples = Samples(args.data, args.images, model.tokenizer, c, seed=args.seed)
-        eval_set = EvalQuestions(samples, args.questions, args.seed)
-        reference = eval_set.reference_prompt()
+        eval_set = eval_questions(samples, args.questions, args.seed)
     elif c.world != "toy":
         raise ValueError(f"{directory} does not know the miniature's world: give questions for it with --data FILE")
     else:
         split = world.EVAL if args.report else world.TRAIN  # labels and searches never see held-out questions
-        eval_set, reference = world.eval_set(args.seed, args.questions, split), (world.STRATA, *world.REFERENCE_PROMPT)
+        eval_set = world.eval_set(args.seed, args.questions, split)
     if args.search:  # appendix A
-        search(model, directory, eval_set, reference[0], args)
+        search(model, directory, eval_set, args)
     elif args.label:  # 4.3
         results = log_results(args.label, model, eval_set)
         for task, i in labels_by_task(c.viable, results, args.keep).items():
@@ -386,20 +413,24 @@ def main(argv=None):
     elif model.router is None:
         raise ValueError(f"{directory} has no router: python train.py --stage 3 --model {directory} trains one")
     else:
-        table = summarise(c, all_results(model, eval_set, c.viable), *reference)  # appendices B, C, D
+        results = all_results(model, eval_set, c.viable)
+        reference = ((world.STRATA, *world.REFERENCE_PROMPT) if args.data == "toy" else
+                     reference_prompt(samples, eval_set, results))
+        table = summarise(c, results, *reference)  # appendices B, C, D
         print(table.text() + "\n\n" + table.routes())
         if args.out:
             table.draw(args.out)
 
 
-def search(model, directory, eval_set, groups, args):
+def search(model, directory, eval_set, args):
     """Which sub-networks hold what the largest configuration can do; the viable ones go into config.json."""
     c = model.config
     if c.router:
         raise ValueError(f"{directory} has a router, made for its viable configurations; search before stage 3")
-    tried, tasks = subnetworks(c.sa), [t for names in groups.values() for t in names]
+    tried = subnetworks(c.sa)
     results = all_results(model, eval_set, tried)
     own = [accuracy(results, i) for i in range(len(tried))]
+    tasks = [t for names in world.STRATA.values() for t in names] if args.data == "toy" else list(own[0])
     share = np.array([[x[t] / own[-1][t] if own[-1][t] else 0.0 for t in tasks] for x in own])  # (tried, tasks)
     found = viable(c, tried, results, args.keep)
     names = [sa_name(c, sa) + "*" * (sa in found) for sa in tried]

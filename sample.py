@@ -66,9 +66,7 @@ def parse(argv=None):
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature: draw from the likeliest "
                    "tokens that hold probability P (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="for --temperature (default: 0)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                   help="(default: auto: bfloat16 on CUDA and on processors with AMX tiles, else float32)")
+    p.add_placement()
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     p.add_argument("--compile", action="store_true", help="torch.compile what repeats (see VLM.compile): a minute, for "
                    "many questions")

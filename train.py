@@ -33,13 +33,12 @@ from cli import (NANO, Parser, Unwritable, append_rows, checkpoint_path, choose_
 from config import checked, read_config
 from flops import sa_name
 from llava.batches import ConversationBatches
-from llava.samples import EvalQuestions, Samples
+from llava.samples import Samples, eval_questions, reference_prompt
 from model import VLM
 from parallel import Distributed, full_tensor, shard
 from toy import world
 from toy.muon import Muon
 from toy.training import RECIPES, ToyBatches, init_weights, matrices_of
-from weights import parts
 
 DENSE = NANO / "dense"  # where the miniature starts from
 
@@ -57,15 +56,15 @@ def optimizers(model, lr, miniature=False):
     """{name: (optimizer, names of its parameters, learning rate)} for what trains: AdamW without weight decay (paper
     5.1). The miniature learns better with Muon for its matrices, and AdamW with a tenth of the rate for all else."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices = matrices_of(model) if miniature else []
+    matrices = matrices_of(model) if miniature else {}
     others = [n for n in trained if n not in matrices]
     share, betas = (0.1, (0.9, 0.98)) if miniature else (1.0, (0.9, 0.999))
+    fused = model.device.type in ("cpu", "cuda")  # one kernel: over 94 M parameters 0.10 s on one core, not 1.3 s
     opts = {}
     if matrices:
-        rows = [[n or len(trained[name]) for n in parts(name, model.config).values()] for name in matrices]
-        opts["muon"] = Muon([trained[n] for n in matrices], lr, rows=rows), matrices, lr
+        opts["muon"] = Muon([trained[n] for n in matrices], lr, rows=[*matrices.values()]), [*matrices], lr
     if others:
-        adamw = torch.optim.AdamW([trained[n] for n in others], lr * share, betas=betas, weight_decay=0.0)
+        adamw = torch.optim.AdamW([trained[n] for n in others], lr * share, betas, weight_decay=0.0, fused=fused)
         opts["adamw"] = adamw, others, lr * share
     return opts
 
@@ -89,7 +88,7 @@ def make_batches(model, stage, out, s, samples, distributed):
         return ToyBatches(model, s["seed"], s["batch_size"], s["turns"], s.get("auxiliary_weight", 0.0),
                           s.get("drop_vision_from", 0), s.get("largest_first", 0), s["steps"], stage)
     n, seed = s["questions"], s["seed"]
-    eval_set = EvalQuestions(samples, n, seed) if samples else world.eval_set(seed, n, world.TRAIN)
+    eval_set = eval_questions(samples, n, seed) if samples else world.eval_set(seed, n, world.TRAIN)
     results = router.log_results(out / "labels.jsonl", model, eval_set)
     targets = router.pseudo_labels(model.config.viable, results, s["labels"], s["leave_out"])
     return router.RouterBatches(model, eval_set, targets, s["seed"], s["batch_size"], s["label_smoothing"])
@@ -110,9 +109,8 @@ def set_trainable(model, stage, joined=False):
 def train(model, stage, out, settings, checkpoint=None, samples=None, distributed=None):
     """Runs a stage to its end, from a checkpoint of the same stage if there is one, and leaves checkpoints in out/.
 
-    settings: what RECIPES has, and what main adds. samples: llava's Samples, else the miniature's world. Ctrl-C and
-    SIGTERM save, say so and leave with status 130 or 143. Raises ValueError, and takes no step, where the loss or its
-    gradient is not finite."""
+    settings: what RECIPES has, and what main adds. samples: llava's, else the miniature's world. Ctrl-C and SIGTERM
+    save and leave with status 130 or 143. Raises ValueError, and takes no step, where the loss is not finite."""
     s, distributed = {**DEFAULTS, **settings}, distributed or Distributed(model.device)
     first = read_state(checkpoint)["step"] if checkpoint else 0
     batches, opts = start(model, stage, out, s, first, checkpoint, samples, distributed)
@@ -372,9 +370,9 @@ def main(argv=None):
             print_report(model, args, out)
         elif distributed.rank == 0:
             if stages == [3]:  # with the questions that it has learned from
-                eval_set = EvalQuestions(samples, settings["questions"], settings["seed"])
+                eval_set = eval_questions(samples, settings["questions"], settings["seed"])
                 results = router.all_results(model, eval_set, model.config.viable)
-                table = router.summarise(model.config, results, *eval_set.reference_prompt())
+                table = router.summarise(model.config, results, *reference_prompt(samples, eval_set, results))
                 print(table.text() + "\n\n" + table.routes())
             print(newest(out, stages))
     distributed.close()
@@ -436,11 +434,10 @@ def print_report(model, args, out):
     c, eval_set = model.config, world.eval_set(args.seed or 0, args.questions)
     everything = [tuple(range(c.layers))]
     results = router.all_results(model, eval_set, c.viable or everything)
-    dense = router.all_results(VLM.from_pretrained(DENSE), eval_set, everything) if c.viable else None
+    dense = VLM.from_pretrained(DENSE, device=model.device) if c.viable else None
+    dense = dense and router.all_results(dense, eval_set, everything)
     table = router.summarise(c, results, world.STRATA, *world.REFERENCE_PROMPT, dense)
-    print(table.text())
-    if model.router is not None:
-        print("\n" + table.routes())
+    print(table.text() + ("\n\n" + table.routes() if c.router else ""))
     table.save(out / "table.json")
     try:
         table.draw(out / "table.png")

@@ -4,6 +4,7 @@ Follows LLaVA-NeXT's llava/train/train.py (preprocess_multimodal for placeholder
 differs is said at the function that differs. Also here: the order of samples in training, and the questions of a
 training file that router.py evaluates.
 """
+import os
 import re
 import sys
 from functools import lru_cache
@@ -68,11 +69,11 @@ class Samples:
         return f"{index.path}, sample {k}"
 
     def raw(self, i):
-        """(system text, [user, assistant, ...] turns, RGB images or None for text alone). Raises SampleError."""
+        """(system text, [user, assistant, ...] turns, paths of the images). Raises SampleError."""
         index, k = self.find(i)
         system, turns, names = conversation(index[k])
         folder = Path(self.images or index.path.parent)
-        return system, turns, [data.load_image(folder / name) for name in names] if names else None
+        return system, turns, [folder / name for name in names]
 
     def __getitem__(self, i):
         try:
@@ -84,8 +85,9 @@ class Samples:
 
     def sample(self, i):
         """Sample i. Raises SampleError, or nearly anything where a file holds nonsense."""
-        system, turns, images = self.raw(i)
-        single_image = images is not None and len(images) == 1
+        system, turns, paths = self.raw(i)
+        images = [data.load_image(path) for path in paths] or None  # None: text alone
+        single_image = len(paths) == 1
         pieces = data.turns_to_learn(turns, system) if self.rule == "assistant" else whole_turns(turns, system)
         for max_tiles in self.tile_limits(images):
             # First without pixels, as the length follows from the sizes alone
@@ -263,58 +265,47 @@ def epoch_order(n, seed, epoch):
 
 # --- the router's questions -----------------------------------------------------------------------------------------
 
-class EvalQuestions:
-    """The questions of a mixture that router.py evaluates: [(PIL image, [(subset, question, answer)])], lazily read.
+def eval_questions(samples, per_file, seed=0):
+    """The questions of a mixture that router.py evaluates: [(path of the image, [(subset, question, answer)])].
 
-    The first questions about single images, up to `per_file` of each file, drawn by seed. Samples that cannot be used
-    are passed over, and counted on stderr. Raises ValueError when no question is left.
+    The first questions about single images, up to `per_file` of each file, drawn by seed; no image is decoded yet.
+    Samples that cannot be used are passed over, and counted on stderr. Raises ValueError when no question is left.
     """
+    found, errors, first = [], [], 0  # first: index of the file's first sample
+    for i, (end, (index, _)) in enumerate(zip(samples.ends.tolist(), samples.files)):
+        wanted = per_file
+        for k in np.random.default_rng((seed, i)).permutation(end - first).tolist():
+            if not wanted:
+                break
+            try:
+                _, turns, paths = samples.raw(first + k)
+            except SampleError as error:
+                errors.append(f"{samples.where(first + k)}: {error}")
+                continue
+            question = turns[0].removeprefix(IMAGE).strip()
+            if len(paths) != 1 or not question:
+                continue
+            if not os.path.isfile(paths[0]) or not os.access(paths[0], os.R_OK):
+                errors.append(f"{samples.where(first + k)}: {paths[0]}: no such image, or not readable")
+                continue
+            found.append((paths[0], index.path, question, turns[1]))
+            wanted -= 1
+        first = end
+    note = f"{len(errors)} samples cannot be used, as {errors[0]}" if errors else ""
+    if not found:
+        raise ValueError(f"{samples.find(0)[0].path}: no question about a single image" + (note and f"; {note}"))
+    if note:
+        print(note, file=sys.stderr)
+    files = {path for _, path, *_ in found}
+    unique = len({path.stem for path in files}) == len(files)  # or a subset is called by its path
+    return [(image, [(path.stem if unique else str(path.with_suffix("")), question, answer)])
+            for image, path, question, answer in found]
 
-    def __init__(self, samples, per_file, seed=0):
-        self.samples, self.indices, self.errors = samples, [], {}
-        first = 0  # index of the file's first sample
-        for i, end in enumerate(samples.ends.tolist()):
-            wanted = per_file
-            for k in np.random.default_rng((seed, i)).permutation(end - first).tolist():
-                if wanted and self._question(first + k):
-                    self.indices.append(first + k)
-                    wanted -= 1
-            first = end
-        note = next((f"{len(self.errors)} samples cannot be used, as {x}" for x in self.errors.values()), "")
-        if not self.indices:
-            raise ValueError(f"{samples.find(0)[0].path}: no question about a single image" + (note and f"; {note}"))
-        if note:
-            print(note, file=sys.stderr)
-        self.paths = {samples.find(i)[0].path for i in self.indices}
 
-    def _question(self, i):
-        """(image, question, answer) of sample i, or None where it is not about one image."""
-        try:
-            _, turns, images = self.samples.raw(i)
-        except SampleError as error:
-            self.errors[i] = f"{self.samples.where(i)}: {error}"
-            return None
-        question = turns[0].removeprefix(IMAGE).strip()
-        return (images[0], question, turns[1]) if images and len(images) == 1 and question else None
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        """(PIL image, [(subset, question, answer)]); IndexError past the end, which ends a loop over it."""
-        image, question, answer = self._question(self.indices[i])
-        return image, [(self._subset(self.indices[i]), question, answer)]
-
-    def _subset(self, i):
-        """The name of sample i's file, or its path where two files have the same name."""
-        path = self.samples.find(i)[0].path
-        unique = len({p.stem for p in self.paths}) == len(self.paths)
-        return path.stem if unique else str(path.with_suffix(""))
-
-    def reference_prompt(self):
-        """({"all": subsets}, text tokens, (width, height) of the image) of the first question, by which router.Report
-        counts savings."""
-        image, [(_, question, _)] = self[0]
-        tokens = self.samples.tokenizer.encode(data.chatml([question]), add_special_tokens=False).ids
-        subsets = dict.fromkeys(map(self._subset, self.indices))  # without repetition, in order
-        return {"all": list(subsets)}, len(tokens), image.size
+def reference_prompt(samples, eval_set, results):
+    """({"all": subsets}, text tokens, (width, height) of the image) of the first question with a result, by which
+    report.Report counts savings."""
+    image, [(_, question, _)] = eval_set[results[0]["image"]]
+    tokens = samples.tokenizer.encode(data.chatml([question]), add_special_tokens=False).ids
+    subsets = dict.fromkeys(r["task"] for r in results)  # without repetition, in order
+    return {"all": list(subsets)}, len(tokens), data.load_image(image).size

@@ -16,7 +16,7 @@ import torch
 
 import router
 import train
-from cli import Parser, run
+from cli import Parser, choose_dtype, placement, run
 from model import VLM
 from toy import world
 from toy.training import RECIPES
@@ -32,15 +32,16 @@ RESULTS = Path(__file__).parent / "results" / "ablate.json"
 def experiment(name, seed, args):
     """Trains and evaluates one model; its row, also written to out/ablate/NAME-SEED-EXAM/row.json."""
     configurations, times, dense = RUNS[name]
-    out = Path(args.out) / f"{name.replace(', ', '-').replace(' ', '-').replace(',', '')}-{seed}-{args.questions}"
+    out = Path(args.out) / f"{name.replace(', ', '-').replace(' ', '-').replace(',', '')}-{seed}-{args.exam}"
     if not (out / "row.json").is_file():
-        model = VLM.from_pretrained(train.DENSE if dense == "with" else args.control)
+        model = VLM.from_pretrained(train.DENSE if dense == "with" else args.control, device=args.device)
         model.add_cross_attention(world.CA, world.SA, configurations)
         for stage in (1, 2):
             recipe = RECIPES[stage]
             steps = recipe["steps"] if stage == 1 else STEPS * times
             settings = {**recipe, "steps": steps, "seed": seed, "turns": 10, "save_every": 10**9}
             model = train.train(model, stage, out, settings)
+        model = model.to(args.dtype)  # it has learned in float32
         results = router.all_results(model, world.eval_set(seed, args.questions), configurations)
         rows = router.summarise(model.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows
         rows = [{key: row[key] for key in ("sa", "saving", *world.STRATA, "tasks")} for row in rows]
@@ -91,7 +92,11 @@ def main(argv=None):
     p.add_argument("--questions", type=int, default=1000, metavar="N", help="questions a task (default: 1000)")
     p.add_argument("--threads", type=int, default=1, help="processor threads (default: 1; better run two processes)")
     p.add_argument("--report", action="store_true", help="train nothing, show what is there")
+    p.add_placement("float32")
     args = p.parse_args(argv)
+    args.device = placement(args.device)
+    args.dtype, _ = choose_dtype(args.dtype, args.device, 0)
+    args.exam = f"{args.questions}{'' if args.dtype == torch.float32 else f'-{args.dtype}'}"
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     for name in args.only or RUNS:
@@ -100,14 +105,14 @@ def main(argv=None):
         for seed in args.seed or (0, 1, 2):
             if not args.report and (RUNS[name][2] == "with" or args.control):
                 experiment(name, seed, args)
-    rows = [json.loads(file.read_text()) for file in sorted(Path(args.out).glob(f"*-{args.questions}/row.json"))]
-    dense = VLM.from_pretrained(train.DENSE)
+    rows = [json.loads(file.read_text()) for file in sorted(Path(args.out).glob(f"*-{args.exam}/row.json"))]
+    dense = VLM.from_pretrained(train.DENSE, args.dtype, args.device)
     results = router.all_results(dense, world.eval_set(0, args.questions), [tuple(range(dense.config.layers))])
     row = router.summarise(dense.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows[0]
     had = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if len(rows) >= len(had.get("runs", [])) and args.questions >= had.get("questions", 0):
-        RESULTS.write_text(json.dumps({"command": "python -m paper.ablate", "questions": args.questions, "dense": row,
-                                       "runs": rows}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({"command": "python -m paper.ablate", "questions": args.questions,
+                                       "dtype": str(args.dtype), "dense": row, "runs": rows}, indent=1) + "\n")
     else:
         print(f"{RESULTS} has more runs, or larger ones, and stays as it is", file=sys.stderr)
     print(tables(rows, row))

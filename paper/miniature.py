@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 import train
-from cli import NANO, Parser, run
+from cli import NANO, Parser, placement, run
 from model import VLM
 from router import all_results, summarise
 from toy import world
@@ -41,8 +41,10 @@ def main(argv=None):
     p = Parser(description="Evaluate the shipped miniature.")
     p.add_argument("--questions", type=int, default=1000, metavar="N", help="questions a task and seed (default: 1000)")
     p.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0, 1, 2)")
+    p.add_placement("float32")
     args = p.parse_args(argv)
-    dense, visor = VLM.from_pretrained(train.DENSE), VLM.from_pretrained(NANO)
+    device = placement(args.device)
+    dense, visor = (VLM.from_pretrained(name, args.dtype, device) for name in (train.DENSE, NANO))
     c, rows, everything = visor.config, [], ([], [])
     kept = "name", "sa", "saving", *world.STRATA, "tasks"
 
@@ -57,7 +59,8 @@ def main(argv=None):
     text, spread = table(rows)
     summary(everything).draw(ROOT / "assets" / "miniature.png")
     (ROOT / "paper" / "results" / "miniature.json").write_text(json.dumps(
-        {"command": "python -m paper.miniature", "seeds": args.seed or [0, 1, 2], "rows": rows}, indent=1) + "\n")
+        {"command": "python -m paper.miniature", "dtype": str(visor.image_newline.dtype), "seeds": args.seed or [0, 1, 2], "rows": rows},
+        indent=1) + "\n")
     print(f"{text}\n\nLargest difference of any number between two of the seeds: {spread:.3f}.")
 
 

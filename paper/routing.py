@@ -15,7 +15,7 @@ import torch
 
 import router
 import train
-from cli import NANO, Parser, run
+from cli import NANO, Parser, choose_dtype, placement, run
 from model import VLM
 from router import conservative_threshold
 from toy import world
@@ -28,15 +28,16 @@ LEFT_OUT = ("colour", "value", "updated row")  # as GQA, DocVQA and one more in 
 def experiment(seed, left_out, args):
     """The rows of a report about a router trained with this seed, kept in rows.json for these weights."""
     weights = zlib.crc32((NANO / "model.safetensors").read_bytes())
-    out = Path(args.out) / f"{weights:08x}-seed-{seed}-{args.questions}{'-left-out' if left_out else ''}"
+    exam = f"{args.questions}{'-left-out' if left_out else ''}{'' if args.dtype == torch.float32 else f'-{args.dtype}'}"
+    out = Path(args.out) / f"{weights:08x}-seed-{seed}-{exam}"
     if (out / "rows.json").is_file():
         return json.loads((out / "rows.json").read_text())
     shutil.rmtree(out, ignore_errors=True)
-    model = VLM.from_pretrained(NANO).remove_router()
+    model = VLM.from_pretrained(NANO, device=args.device).remove_router()
     torch.manual_seed(seed)
     model.add_router(conservative_threshold(RECIPES[3]["label_smoothing"], len(model.config.viable)))
     settings = {**RECIPES[3], "seed": seed, "turns": 10, "save_every": 10**9, "leave_out": left_out}
-    model = train.train(model, 3, out, settings)
+    model = train.train(model, 3, out, settings).to(args.dtype)  # it learns in float32
     results = router.all_results(model, world.eval_set(seed, args.questions), model.config.viable)
     rows = router.summarise(model.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows
     rows = [row for row in rows if row["sa"] is None or row["sa"] == list(model.config.sa)]
@@ -94,7 +95,10 @@ def main(argv=None):
     p.add_argument("--questions", type=int, default=1000, metavar="N", help="questions a task (default: 1000)")
     p.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0, 1, 2)")
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
+    p.add_placement("float32")
     args = p.parse_args(argv)
+    args.device = placement(args.device)
+    args.dtype, _ = choose_dtype(args.dtype, args.device, 0)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
@@ -102,7 +106,7 @@ def main(argv=None):
                for label, left_out in (("all tasks", ()), ("three left out", LEFT_OUT))}
     (ROOT / "paper" / "results" / "routing.json").write_text(json.dumps(
         {"command": "python -m paper.routing", "seeds": args.seed or [0, 1, 2], "questions": args.questions,
-         "left_out": LEFT_OUT, "results": results}, indent=1) + "\n")
+         "dtype": str(args.dtype), "left_out": LEFT_OUT, "results": results}, indent=1) + "\n")
     print(tables(results))
 
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli import timer
 from data import Prompt, process_image
+from encoders import normalise, send
 from model import VLM
 
 TEXT, ANSWER = 40, 32                                  # tokens
@@ -152,10 +153,11 @@ class Theirs:
     @torch.no_grad()
     def encode(self, images):
         model, like = self.model.model, self.model.lm_head.weight
+        x = send(torch.stack([torch.from_numpy(p.pixels) for p in images]), like.device)
+        x = normalise(x, like.dtype)                   # (images, tiles, 3, tile, tile)
         if images[0].tiling.canvas is None:
-            x = torch.cat([torch.from_numpy(p.pixels) for p in images]).to(like.device, like.dtype)
-            return list(model.multi_modal_projector(model.vision_tower(x, output_hidden_states=True).hidden_states[-1]))
-        x = torch.stack([torch.from_numpy(p.pixels) for p in images]).to(like.device, like.dtype)
+            out = model.vision_tower(x.flatten(0, 1), output_hidden_states=True)
+            return list(model.multi_modal_projector(out.hidden_states[-1]))
         sizes = torch.tensor([p.tiling.canvas[::-1] for p in images])
         return list(self.model.get_image_features(x, sizes, output_hidden_states=True).pooler_output)
 

@@ -12,6 +12,7 @@ from cache_tree import CacheTree
 from cli import run
 from config import Config, preset
 from data import chatml, collate, encode, process_image
+from encoders import normalise
 from layout import make_layout, round_up
 from model import VLM
 from paper import numbers
@@ -103,7 +104,7 @@ def test_papers_convention_is_the_full_square_and_no_dead_layers(m):
 def test_encoder_and_connector(pack, widen):
     m = tiny.model().add_packing(pack, widen)
     p = process_image(tiny.image(70, 110), m.config)
-    x = torch.from_numpy(p.pixels)
+    x = normalise(torch.from_numpy(p.pixels), torch.float32)
     assert flops.tower_flops(m.config, len(x)) == pytest.approx(counted(m.vision_tower, x), rel=0.005)
     y = reduce(m.vision_tower(x).detach(), m.config)
     assert flops.connector_flops(m.config, len(x)) == pytest.approx(counted(m.multi_modal_projector, y), rel=0.005)

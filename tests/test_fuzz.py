@@ -35,7 +35,7 @@ import sample
 import toy.__main__
 import train
 from llava.index import JsonIndex
-from llava.samples import EvalQuestions, Samples
+from llava.samples import Samples, eval_questions
 from model import VLM
 from tests import tiny, worlds
 from tests.fuzzing import ROOT, Kind, check_line, distinct, faults, quiet, short
@@ -195,7 +195,7 @@ def read_samples(name, x):
             else:
                 print(llava.__main__.show(samples, i, colours=False))
     try:
-        EvalQuestions(samples, 2)
+        eval_questions(samples, 2)
     except ValueError as e:  # without a single image there is nothing to ask
         check_line(str(e), (".json: no question", ".jsonl: no question"))
 
@@ -281,7 +281,7 @@ def make_labels(x=None):
     if x is not None:
         Path("labels.jsonl").write_bytes(x)
     model = VLM.from_pretrained("visor")
-    questions = EvalQuestions(Samples("data.json", None, model.tokenizer, model.config), 2)
+    questions = eval_questions(Samples("data.json", None, model.tokenizer, model.config), 2)
     router.pseudo_labels(model.config.viable, router.log_results("labels.jsonl", model, questions), "task", ())
 
 

@@ -17,7 +17,7 @@ from llava.__main__ import check, main
 from llava.batches import ConversationBatches
 from llava.index import JsonIndex
 from llava.mixtures import expand_braces, read_mixture, subsample
-from llava.samples import KINDS, EvalQuestions, Samples, conversation, step_indices
+from llava.samples import KINDS, Samples, conversation, eval_questions, reference_prompt, step_indices
 from tests import tiny, worlds
 
 NASTY = ['{"a": [1, 2]}', "quote \" and \\ and \\\" end", "},{][", "ünïcode ☃", "line\nbreak\ttab", ""]
@@ -306,20 +306,21 @@ def test_questions_for_the_router_are_those_about_single_images(tmp_path, capsys
     (tmp_path / "a" / "0.png").unlink()
     (tmp_path / "mix.yaml").write_text("datasets:\n  - json_path: '{a,b}/data.json'\n")
     every = samples(tmp_path / "mix.yaml")
-    questions = EvalQuestions(every, 4)
+    questions = eval_questions(every, 4)
     assert len(questions) == 8 and re.match(r"\d+ samples cannot be used, as .*0.png", capsys.readouterr().err)
     rows = json.loads((tmp_path / "a" / "data.json").read_text())
     single = [x for x in rows if "image" in x and (isinstance(x["image"], str) or len(x["image"]) == 1)]
     pairs = {tuple(turn["value"] for turn in x["conversations"][:2]) for x in single}
     subsets = [str(tmp_path / name / "data") for name in "ab"]  # by path, as both files are called data.json
     for k, (image, [(subset, question, answer)]) in enumerate(questions):
-        assert subset == subsets[k // 4] and image.mode == "RGB" and (f"<image>\n{question}", answer) in pairs
-    groups, text_tokens, size = questions.reference_prompt()
-    assert groups == {"all": subsets} and size == questions[0][0].size
+        assert subset == subsets[k // 4] and image.is_file() and (f"<image>\n{question}", answer) in pairs
+    results = [{"image": k, "task": subset} for k, (_, [(subset, *_)]) in enumerate(questions)]
+    groups, text_tokens, size = reference_prompt(every, questions, results)
+    assert groups == {"all": subsets} and size == data.load_image(questions[0][0]).size
     assert text_tokens == len(tiny.tokenizer().encode(data.chatml([questions[0][1][0][1]])).ids)
     text = samples(written(tmp_path / "text.json", [talk("Q", "A")]))
     with pytest.raises(ValueError, match="no question about a single image"):
-        EvalQuestions(text, 4)
+        eval_questions(text, 4)
 
 
 # --- batches ---

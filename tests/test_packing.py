@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from config import Config
 from data import chatml, collate, encode, process_image, tiling
+from encoders import normalise
 from model import VLM
 from reduction import pack
 from tests import tiny
@@ -63,7 +64,7 @@ def slow_tokens(m, p):
     side, t = m.config.side, p.tiling
     c = m.multi_modal_projector
     tiles = [F.gelu(c.linear_1(slow_pack(x, side).mean(1))) @ c.linear_2.weight.T + c.linear_2.bias
-             for x in m.vision_tower(torch.from_numpy(p.pixels))]
+             for x in m.vision_tower(normalise(torch.from_numpy(p.pixels), torch.float32))]
     rows = [[tiles[1 + i // side * t.grid[1] + j // side][i % side * side + j % side]
              for j in range(t.crop[1], t.grid[1] * side - t.crop[1])]
             for i in range(t.crop[0], t.grid[0] * side - t.crop[0])]

@@ -342,8 +342,7 @@ def test_the_shared_pass_gives_the_plain_ones_labels_for_less_work(small):
 
 def test_killed_and_resumed_labelling_gives_the_same_file(small, tmp_path, monkeypatch):
     m, eval_set = small
-    batches = [[0, 3], [1, 2, 5], [4, 7], [6, 8, 9, 10, 11]]
-    monkeypatch.setattr(router, "image_batches", lambda eval_set, config: batches)
+    monkeypatch.setattr(router, "image_batches", partial(router.image_batches, batch_size=2))
     results = router.log_results(tmp_path / "a.jsonl", m, eval_set)
     whole = (tmp_path / "a.jsonl").read_bytes()
     assert len(results) == sum(len(questions) for _, questions in eval_set)

@@ -170,7 +170,7 @@ def test_cells_stand_where_toy_says():
     for y, x in ((0, 0), (2, 3), (4, 1), (5, 5)):
         signs = blank.signs.copy()
         signs[y, x] = 0
-        a, b = (data.pixels(world.render(q, np.random.default_rng(1)), tiles, config)
+        a, b = (data.NORMALISED[data.pixels(world.render(q, np.random.default_rng(1)), tiles, config)]
                 for q in (blank, blank._replace(signs=signs)))
         changed = np.abs(a - b)[1:].reshape(4, 3, 3, 12, 3, 12).max((1, 3, 5))  # tile, row, column
         grid = changed.reshape(2, 2, 3, 3).transpose(0, 2, 1, 3).reshape(6, 6)
