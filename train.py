@@ -39,6 +39,7 @@ from parallel import Distributed, full_tensor, shard
 from toy import world
 from toy.muon import Muon
 from toy.training import RECIPES, ToyBatches, init_weights, matrices_of
+from weights import parts
 
 DENSE = NANO / "dense"  # where the miniature starts from
 
@@ -56,13 +57,14 @@ def optimizers(model, lr, miniature=False):
     """{name: (optimizer, names of its parameters, learning rate)} for what trains: AdamW without weight decay (paper
     5.1). The miniature learns better with Muon for its matrices, and AdamW with a tenth of the rate for all else."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices = matrices_of(model) if miniature else {}
+    matrices = matrices_of(model) if miniature else []
     others = [n for n in trained if n not in matrices]
     share, betas = (0.1, (0.9, 0.98)) if miniature else (1.0, (0.9, 0.999))
     fused = model.device.type in ("cpu", "cuda")  # one kernel: over 94 M parameters 0.10 s on one core, not 1.3 s
     opts = {}
     if matrices:
-        opts["muon"] = Muon([trained[n] for n in matrices], lr, rows=[*matrices.values()]), [*matrices], lr
+        rows = [[n or len(trained[name]) for n in parts(name, model.config).values()] for name in matrices]
+        opts["muon"] = Muon([trained[n] for n in matrices], lr, rows=rows), matrices, lr
     if others:
         adamw = torch.optim.AdamW([trained[n] for n in others], lr * share, betas, weight_decay=0.0, fused=fused)
         opts["adamw"] = adamw, others, lr * share
@@ -224,8 +226,7 @@ def parse(argv=None):
                    "through it)")
     p.add_argument("--batch-size", type=int, metavar="N", help="samples a step: default 128, of the miniature 24 "
                    "images, in stage 3 128 questions")
-    p.add_argument("--micro-batch-size", type=int, metavar="N", help="samples at once in memory, the step's gradient "
-                   "adds up (default: 4)")
+    p.add_argument("--micro-batch-size", type=int, metavar="N", help="samples in memory at once (default: 4)")
     p.add_argument("--lr", type=float, metavar="X", help="AdamW's learning rate (default: 1e-4 in stage 1, 1e-5 in "
                    "stage 2); of the miniature, Muon's, and AdamW has a tenth of it")
     p.add_argument("--viable", action="append", metavar="LAYERS", help="a configuration to train: none or 4,7; may be "
@@ -238,8 +239,7 @@ def parse(argv=None):
                    "(default), or what LLaVA-OneVision learns, all markers and newlines too")
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest sample, text and vision; a longer one gets "
                    "fewer tiles, or is left out")
-    p.add_argument("--max-bad", type=float, metavar="F", help="stop when more than this share of the samples cannot be "
-                   "used (default: 0.01)")
+    p.add_argument("--max-bad", type=float, metavar="F", help="most of the samples that may be bad (default: 0.01)")
     p.add_argument("--workers", type=int, metavar="N", help="processes that read ahead (default: 2; 0: none)")
     p.add_argument("--overfit", action="store_true", help="the first step's samples again and again")
     p.add_argument("--sample-every", type=int, metavar="N", help="steps between shown answers (default: 100; 0: never)")

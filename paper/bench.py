@@ -1,6 +1,6 @@
 """How fast, against what people use today: transformers' LLaVA-OneVision, ours dense, and VISOR's configurations.
 
-    python -m paper.bench             every row, paper/results/bench-DEVICE-DTYPE.json and .png; an hour on 2 cores
+    python -m paper.bench             every row, paper/results/bench-DEVICE-DTYPE.json and .png; 25 minutes on 2 cores
     python -m paper.bench --quick     5 tiles, a few rows, one round; nothing is written
     python -m paper.bench --compare   --quick against that JSON: a ratio that fell by more than a fifth is an error
     python -m paper.bench --measure   seconds of encoder and prefill against the operations that flops.py counts
@@ -300,9 +300,10 @@ def plot(result, path):
 def parse(argv=None):
     p = Parser(description="How fast, against transformers' LLaVA-OneVision and ours dense.")
     p.add_argument("--tiles", type=int, action="append", choices=list(IMAGES), help="tiles of the image; may be "
-                   "given several times (default: 1, 5, 10)")
+                   "given several times (default: 1, 5, on CUDA 10, too)")
     p.add_argument("--batch", type=int, action="append", metavar="N", help="prompts at once; may be given several "
-                   "times (default: 1, with one tile also 4 and 16; on CUDA powers of two as far as they fit)")
+                   "times (default: 1; with one tile also 4 and 16, one round of the --quick rows; on CUDA powers of "
+                   "two as far as they fit)")
     p.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="may be given several times "
                    "(default: bfloat16 on CUDA; else float32, and bfloat16 where the processor has AMX tiles)")
     p.add_argument("--rounds", type=int, metavar="N", help="(default: 3; --quick: 1)")
@@ -334,7 +335,7 @@ def main(argv=None):
             continue
         quick = args.quick or args.compare
         whole = not (quick or args.tiles or args.batch)
-        sizes = args.tiles or ([5] if quick else list(IMAGES))
+        sizes = args.tiles or ([5] if quick else list(IMAGES) if device() == "cuda" else [1, 5])
         result = bench(preset("llava-ov-0.5b"), QUICK if quick else tuple(SYSTEMS), sizes, args.batch or [1],
                        args.rounds or (1 if quick else 3), getattr(torch, dtype), args.compile, whole)
         print(f"{result['machine']}, torch {result['torch']}, transformers {result['transformers']}, {dtype}\n"
@@ -371,8 +372,9 @@ def bench(config, labels, sizes, batches, rounds, dtype=torch.float32, compiled=
             todo += [2 ** i for i in range(1, 12)] if device() == "cuda" else [4, 16] if tiles == 1 else []
         for batch in todo:
             print(f"{str(dtype)[6:]}, {tiles} tiles, batch {batch}", file=sys.stderr)
+            some = labels if batch in batches or device() == "cuda" else [x for x in labels if x in QUICK]
             try:
-                measured = measure(ours, theirs, labels, tiles, batch, rounds)
+                measured = measure(ours, theirs, some, tiles, batch, rounds if some is labels else 1)
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 break

@@ -59,7 +59,8 @@ def main(argv=None):
     text, spread = table(rows)
     summary(everything).draw(ROOT / "assets" / "miniature.png")
     (ROOT / "paper" / "results" / "miniature.json").write_text(json.dumps(
-        {"command": "python -m paper.miniature", "dtype": str(visor.image_newline.dtype), "seeds": args.seed or [0, 1, 2], "rows": rows},
+        {"command": "python -m paper.miniature", "dtype": str(visor.image_newline.dtype),
+         "seeds": args.seed or [0, 1, 2], "rows": rows},
         indent=1) + "\n")
     print(f"{text}\n\nLargest difference of any number between two of the seeds: {spread:.3f}.")
 

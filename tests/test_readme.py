@@ -55,7 +55,7 @@ def test_commands_parse_and_their_files_exist():
 
 
 def test_the_bench_table_is_what_was_measured_of_the_operations_that_are_counted():
-    result = json.loads((RESULTS / "bench-cpu.json").read_text())
+    result = json.loads((RESULTS / "bench-cpu-float32.json").read_text())
     rows = [r for r in result["rows"] if (r["tiles"], r["batch"]) == (5, 1)]
     assert bench.table({**result, "rows": rows}) in EVIDENCE
     for words in (result["machine"], f"torch {result['torch']}", f"transformers {result['transformers']}"):

@@ -10,10 +10,10 @@ ROOT = Path(__file__).parent.parent
 
 # Each file may import only from what stands before it. The model stands after all that does without it
 ORDER = """cli config data flops
-           toy.font toy.world toy.muon toy.__main__ toy
+           toy.font toy.world toy.muon toy.training toy.__main__ toy
            llava.index llava.mixtures llava.samples llava.batches llava.__main__ llava
            report explain parallel
-           layout layers encoders.siglip encoders reduction cache_tree decoding weights toy.training model
+           layout layers encoders.siglip encoders reduction cache_tree decoding weights model
            answers checkpoints router train sample
            paper.numbers paper.systems paper.ablate paper.bench paper.miniature paper.routing paper.masked
            paper.equalities paper.verify paper""".split()

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 import data
 from toy import world
-from weights import parts
 
 # Batches are of images, with 10 questions each or 30 short ones; in stage 3 of questions. lr is Muon's, AdamW has a
 # tenth; it is constant up to decay_start * steps, then falls linearly. LOG.md has the experiments behind the numbers.
@@ -31,11 +30,10 @@ RECIPES = {
 
 
 def matrices_of(model):
-    """{name: rows of each matrix in it} of the parameters that Muon trains: matrices that multiply features. AdamW, with
-    a tenth of the rate and betas (0.9, 0.98), trains embeddings, convolutions, norms, biases and the router."""
-    return {name: [rows or len(p) for rows in parts(name, model.config).values()]
-            for name, p in model.named_parameters()
-            if p.requires_grad and p.ndim == 2 and "embed" not in name and not name.startswith("router.")}
+    """Names of the parameters that Muon trains: matrices that multiply features. AdamW, with a tenth of the rate and
+    betas (0.9, 0.98), trains embeddings, convolutions, norms, biases and the router."""
+    return [name for name, p in model.named_parameters()
+            if p.requires_grad and p.ndim == 2 and "embed" not in name and not name.startswith("router.")]
 
 
 def sample_configuration(viable, seed, step, largest_first_steps=0):
