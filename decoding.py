@@ -51,12 +51,13 @@ class Steps:
                                    compute_dtype(model.image_newline))
         for l, layer in enumerate(cache):
             layer.self_attn.reserve(self.layout.lengths[l in sa])
-        self.tokens, self.graph = None, None  # on CUDA
+        self.replays = model.device.type == "cuda" and not model.training  # FSDP, autocast do more than can be recorded
+        self.tokens, self.graph = None, None
 
     def __call__(self, tokens):
         """tokens (B,) -> logits (B, vocab) of what follows. They stay as they are up to the next call."""
         self.left -= 1
-        if tokens.device.type != "cuda":
+        if not self.replays:
             return self.step(tokens)
         if self.tokens is None:  # the first step runs as it is: libraries choose kernels and take their memory
             self.tokens = tokens.clone()
@@ -64,7 +65,7 @@ class Steps:
         self.tokens.copy_(tokens)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, and runs nothing
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # records, and runs nothing
                 self.logits = self.step(self.tokens)
         self.graph.replay()
         return self.logits

@@ -90,9 +90,10 @@ def cache_bytes(c, sa, text, vision, itemsize=2):
 
 
 def activation_bytes(c, sa, text, vision, itemsize=2):
-    """The largest single tensor of the prompt's way through the language model: an MLP's inside, or vision itself."""
+    """The largest single tensor of the prompt's way through the language model: gate and up of an MLP, which are one
+    product, or vision itself."""
     refined = [l for l in sa if l < c.vision_readers(sa)[1]]  # the last reader's MLP runs on text alone
-    return itemsize * max((text + vision * bool(refined)) * c.ffn, vision * c.hidden)
+    return itemsize * max((text + vision * bool(refined)) * 2 * c.ffn, vision * c.hidden)
 
 
 def llm_parameters(c):

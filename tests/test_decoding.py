@@ -1,4 +1,6 @@
 """Decoding: one step is one graph of few kernels; and the parts of a layer by themselves, in each of their forms."""
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,39 @@ def test_a_steps_tensors_stay_where_they_are():
     for _ in range(20):
         tokens = steps(tokens).argmax(-1)
     assert places() == before and steps.left == 0
+
+
+@torch.no_grad()
+def test_a_replayed_step_goes_on_as_an_eager_one(monkeypatch):
+    """With a stand-in for CUDA's graph: nothing happens while it records, replaying does it all in the same memory."""
+    m = tiny.model()
+    tokens, steps = begin(m, prompts_of(m, 2), (1, 4), 12)
+    wanted = []
+    for _ in range(12):
+        wanted.append(tokens.tolist())
+        tokens = steps(tokens).argmax(-1)
+    tokens, steps = begin(m, prompts_of(m, 2), (1, 4), 12)
+    replays = []
+
+    class Graph:
+        def replay(self):
+            replays.append(steps.logits.copy_(steps.step(steps.tokens)))
+
+    @contextmanager
+    def recording(graph, **how):
+        changed = [steps.layout.number, *steps.layout.slots, *steps.layout.masks]
+        changed += [kv.kv for layer in steps.cache for kv in layer if kv.kv is not None]
+        before = [x.clone() for x in changed]
+        yield
+        for x, old in zip(changed, before):
+            x.copy_(old)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    steps.replays = True
+    for n in range(12):
+        assert tokens.tolist() == wanted[n]
+        tokens = steps(tokens).argmax(-1)
+    assert len(replays) == 11  # all but the first
 
 
 @torch.no_grad()
