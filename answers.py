@@ -41,8 +41,8 @@ def answers(model, questions, sa="auto", batch_size=16, start=0, temperature=0.0
     of one is the reason why there is none, and becomes the answer's error.
     sa: a configuration, "auto", or a function that gives (sa, allowed) of Asked for a prompt of `text` and `vision`
     tokens (`dense_vision` without packing). start: the first question to answer; batches are formed as without it, so
-    that a run that goes on gives the same bits. temperature, seed, how: as in VLM.generate; what is drawn for a
-    question depends on the seed and its number only.
+    that a run that goes on with the same batch_size gives the same bits. temperature, seed, how: as in VLM.generate;
+    what is drawn for a question depends on the seed and its number only.
     """
     choose = sa if callable(sa) else lambda *_: (sa, None)
     largest = 1 if temperature else batch_size  # of a batch: VLM.generate draws for all of one from one seed
@@ -119,18 +119,19 @@ def ask(model, question, choose):
 
 def generate(model, asked, **how):
     """The Answers to a sequence of Asked: all "auto" with the same `allowed`, or none "auto". Where memory does not
-    suffice for them, one by one."""
+    suffice for them, or what comes of one is not finite, one by one."""
     prompts, routes = [data.join(x.shared, x.own) for x in asked], []
     sa = "auto" if asked[0].sa == "auto" else [x.sa for x in asked]
     try:
         tokens = model.generate(prompts, sa, allowed=asked[0].allowed, routes=routes, **how)
-    except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
+    except (MemoryError, RuntimeError, ValueError) as e:
+        if not (isinstance(e, ValueError) or is_out_of_memory(e)):
             raise
+        why = str(e) if isinstance(e, ValueError) else "out of memory: give smaller images or fewer"
     else:
         return [Answer(without_pixels(x), *rest) for x, *rest in zip(asked, tokens, routes)]
     if len(asked) == 1:  # only here, where the exception no longer holds on to tensors
-        return [Answer(error="out of memory: give smaller images or fewer")]
+        return [Answer(error=" ".join(why.split()))]
     return [answer for x in asked for answer in generate(model, [x], **how)]
 
 

@@ -82,7 +82,7 @@ def restore(checkpoint, opts):
         p = opt.param_groups[0]["params"][names.index(parameter)] if parameter in names else None
         shape = () if key == "step" else getattr(p, "shape", None)
         if p is None or key not in STATES[kind] or x.shape != shape or x.dtype != torch.float32:
-            raise damaged(file, f"it has {label}, which this run's optimisers have not")
+            raise damaged(file, f"it has {label}, which this run's optimisers have not; or another version wrote it")
         x = x.to(p.device)  # the step's counter too: fused kernels read it there
         if x.ndim and hasattr(p, "device_mesh"):
             x = distribute_tensor(x, p.device_mesh, p.placements)

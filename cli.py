@@ -290,7 +290,7 @@ def choose_dtype(dtype, device, parameters):
     """
     import torch
     if dtype != "auto":
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype, "as asked"
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype, ""
     if str(device).startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         why = "the device has it" if fast else "the device has no bfloat16"

@@ -1,6 +1,6 @@
 """An answer, token by token: VLM.decode_step makes logits of a token, `sample_token` the next token of logits, `decode`
-repeats both until all samples have ended. On CUDA a step is recorded once and then replayed, as its hundreds of small
-kernels take longer to start than to run.
+repeats both until all samples have ended. On CUDA a step is recorded once an answer is a few tokens long, and then
+replayed, as its hundreds of small kernels take longer to start than to run.
 """
 import torch
 
@@ -8,7 +8,8 @@ from cli import not_finite
 from layout import DecodeLayout, compute_dtype
 
 NOT_FINITE = -1  # in place of a token, or of a choice: the numbers that it would be made from are not finite
-STRETCH = 1024   # steps for which caches are laid out at once
+STRETCH = 256    # steps for which caches are laid out at once
+EAGER = 8        # steps of a stretch before one is recorded, which takes as long as several; the first chooses kernels
 
 
 def decode(model, logits, past, position, sa, cache, max_tokens, sampler, on_token=None):
@@ -23,10 +24,10 @@ def decode(model, logits, past, position, sa, cache, max_tokens, sampler, on_tok
     while True:
         tokens = sampler(logits)                     # (B,)
         for i, token in enumerate(tokens.tolist()):  # the only thing that is read back from the device
-            if token == NOT_FINITE:
-                raise not_finite("the language model's output", logits.dtype)
             if i not in running:                     # it goes on with the batch; its tokens are dropped
                 continue
+            if token == NOT_FINITE:
+                raise not_finite("the language model's output", logits.dtype)
             if token not in stop_ids:                # they are not part of the answer
                 answers[i].append(token)
                 if on_token:
@@ -52,21 +53,19 @@ class Steps:
         for l, layer in enumerate(cache):
             layer.self_attn.reserve(self.layout.lengths[l in sa])
         self.replays = model.device.type == "cuda" and not model.training  # FSDP, autocast do more than can be recorded
-        self.tokens, self.graph = None, None
+        self.taken, self.graph = 0, None
 
     def __call__(self, tokens):
         """tokens (B,) -> logits (B, vocab) of what follows. They stay as they are up to the next call."""
         self.left -= 1
-        if not self.replays:
+        self.taken += 1
+        if not self.replays or self.taken <= EAGER:
             return self.step(tokens)
-        if self.tokens is None:  # the first step runs as it is: libraries choose kernels and take their memory
-            self.tokens = tokens.clone()
-            return self.step(self.tokens)
-        self.tokens.copy_(tokens)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
+            self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # records, and runs nothing
                 self.logits = self.step(self.tokens)
+        self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits
 

@@ -214,7 +214,8 @@ def additive(allowed, dtype):
 def compute_dtype(x):
     """The dtype of the products of a tensor like x: autocast's, where it is on."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 def upload(device, **arrays):

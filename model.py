@@ -22,7 +22,7 @@ from encoders import normalise, send
 from encoders.siglip import VisionTower
 from flops import llm_flops
 from decoding import NOT_FINITE, decode, sample_token
-from layers import Block, Connector, CrossAttention, Policy, RMSNorm
+from layers import Block, Connector, CrossAttention, Policy, RMSNorm, linear
 from layout import LayerCache, Past, compute_dtype, make_layout, make_routing_layout, round_up, upload
 from reduction import reduce
 
@@ -119,7 +119,7 @@ class VLM(nn.Module):
         watched = [(l, "self", block.self_attn) for l, block in enumerate(lm.layers)]
         watched += [(int(l), "cross", cross) for l, cross in lm.cross.items()]
         for l, kind, module in watched:
-            module.observer = partial(observer, l, kind)  # called in Attention.forward, CrossAttention.forward
+            module.observer = partial(observer, l, kind)  # called in Attention.attend, CrossAttention.forward
         try:
             yield
         finally:
@@ -184,7 +184,7 @@ class VLM(nn.Module):
 
     def head(self, h):
         """Hidden states (..., d) -> logits (..., vocab)."""
-        return F.linear(h, self.language_model.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
+        return linear(h, (self.lm_head or self.language_model.embed_tokens).weight)
 
     def answer_loss(self, h, labels, t_pos, chunk=1024):
         """Cross-entropy of the targets, summed. h (B, Nt, d) of `forward`; labels and t_pos (B, Nt) in numpy.

@@ -17,10 +17,12 @@ if __name__ == "__main__":  # Ctrl-C ends the imports in one line, too; the rest
         raise SystemExit(130)
     sys.excepthook = stopped
 
+import fcntl
 import json
 import math
 import textwrap
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +37,7 @@ from llava.index import kind_of, parse_sample
 from llava.samples import image_names
 
 RESULT = "run", "answer", "tokens", "sa", "routed", "text_tokens", "vision_tokens", "flops", "error"  # of --batch
-ASKED = "model", "sa", "budget", "pack", "max_tokens", "temperature", "top_p", "seed"  # flags that answers depend on
+ASKED = "model", "sa", "budget", "pack", "max_tokens", "temperature", "top_p", "seed"  # answers depend on them
 
 
 def parse(argv=None):
@@ -49,7 +51,7 @@ def parse(argv=None):
                    "times. <image> inside it puts an image there; otherwise the images stand before it")
     p.add_argument("--batch", metavar="FILE.jsonl", help="questions instead, one a line: {\"image\": a path from "
                    "FILE's directory, a list of them or null, \"question\": text, ...}; the answer is that line and "
-                   "what --json says, or an \"error\", and then exit status 1")
+                   "what --json says but seconds, or an \"error\", and then exit status 1")
     p.add_argument("--out", metavar="FILE.jsonl", help="where --batch writes (default: stdout); a run that was stopped "
                    "goes on there")
     p.add_argument("--batch-size", type=int, metavar="N", help="questions of --batch at once, fewer where images are "
@@ -302,21 +304,27 @@ def summary(config, report, questions):
 def answer_file(args):
     """Answers the rows of --batch in order, each as soon as those before it are done; those in --out already, not."""
     rows = read_questions(args.batch)  # before the model: mistakes show at once
-    heads = [json.dumps({**row, "run": args.run})[:-1] for row, _ in rows]  # how their lines begin
+    with alone_in(args.out) if args.out else nullcontext():
+        answer_rows_of(args, rows, load_model(args))
+
+
+def answer_rows_of(args, rows, model):
+    """answer_file, once it has --out to itself. Raises SystemExit with status 1 where rows could not be answered."""
+    how = f"{args.run} --dtype {str(model.image_newline.dtype)[6:]}"
+    heads = [json.dumps({**row, "run": how})[:-1] for row, _ in rows]  # how their lines begin
     done, bad = go_on(args.out, heads) if args.out else (0, 0)
     if done:
         print(f"{args.out}: has {done} of {counted(len(rows), 'row')} already", file=sys.stderr)
     if done < len(rows):
-        bad += answer_rows(args, [question for _, question in rows], heads, done)
+        bad += answer_rows(args, model, [question for _, question in rows], heads, done)
     if bad:
         print(f"{bad} of {counted(len(rows), 'row')} could not be answered", file=sys.stderr)
         raise SystemExit(1)
 
 
-def answer_rows(args, questions, heads, done):
+def answer_rows(args, model, questions, heads, done):
     """Writes the lines that follow the first `done`. Returns how many of them are errors."""
-    model, bad = load_model(args), 0
-    c = model.config
+    c, bad = model.config, 0
     if c.world == "toy":
         warn_of_other_worlds([x[0] for x in questions if not isinstance(x, ValueError)], [], model.tokenizer)
     warn_of_layers(args, c)
@@ -350,6 +358,17 @@ def write_line(out, line):
             return print(line, flush=True)
         with open(out, "a") as f:
             f.write(line + "\n")
+
+
+@contextmanager
+def alone_in(file):
+    """Within, no other run writes there. Raises ValueError."""
+    with writing(file), open(file, "a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{file}: another run is writing there; wait for it, or name another file") from None
+        yield
 
 
 def read_questions(path):

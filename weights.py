@@ -50,7 +50,7 @@ MEND = "get the checkpoint's files again"
 UNUSED = re.compile(r"vision_tower\.(post_layernorm|head)\.|vision_tower\.embeddings\.position_ids|.*rotary_emb\.")
 
 
-def joined(c):
+def joint_products(c):
     """Products of one input that are one matrix here: {our name: {name in files: rows}}."""
     wide, narrow = c.heads * c.head_dim, c.kv_heads * c.head_dim
     return {"qkv_proj": {"q_proj": wide, "k_proj": narrow, "v_proj": narrow},
@@ -61,7 +61,7 @@ def parts(name, c):
     """{name in files: rows} of one of our parameters; rows None: all of them."""
     head, _, leaf = name.rpartition(".")
     head, _, module = head.rpartition(".")
-    found = joined(c).get(module)
+    found = joint_products(c).get(module)
     return {f"{head}.{part}.{leaf}": rows for part, rows in found.items()} if found else {name: None}
 
 
@@ -209,7 +209,7 @@ def load(kind, name, dtype, device):
     for module in fresh:
         model.init_module(module, dtype, device)
     model.tokenizer = tokenizer
-    notes = [f"{name}: {n / 1e6:,.1f} M parameters", f"{str(dtype)[6:]} on {device} ({why})"]
+    notes = [f"{name}: {n / 1e6:,.1f} M parameters", f"{str(dtype)[6:]} on {device}{why and f' ({why})'}"]
     notes += ["head tied to the embedding"] * config.tied + [f"new: {', '.join(fresh)}"] * bool(fresh)
     notes += ["RANDOM weights: answers mean nothing"] * (config.stage == "random")
     print(", ".join(notes), file=sys.stderr)

@@ -87,6 +87,7 @@ def kernel_counts(config, labels):
     c = replace(config, hidden=config.heads * 8, head_dim=8, ffn=32, vocab=300, vision_hidden=16, vision_heads=2,
                 vision_ffn=16, vision_layers=1)
     ours, found = Ours(c, torch.float32), {}
+    ours.model.train()  # or on CUDA a graph would start them as one
     prompts, images = ours.prompts(1, 1)
     for label in labels:
         sa, pack = SYSTEMS[label]
@@ -110,8 +111,7 @@ def measure(ours, theirs, labels, tiles, batch, rounds):
         for label in labels if i % 2 else reversed(labels):
             sa, pack = SYSTEMS[label]
             system, key = (theirs, "theirs") if sa is None else (ours, pack)
-            if system is ours:
-                ours.model.config.pack = float(pack)
+            ours.model.config.pack = float(pack)
             prompts, images = ours.prompts(tiles, batch)
             timings = {}
             if key not in encoded:
@@ -325,11 +325,12 @@ def main(argv=None):
     if args.measure:
         return print(measured_table((args.tiles or [5])[0]))
     fast = choose_dtype("auto", device(), 1e9)[0]
-    failed = []
-    for dtype in args.dtype or dict.fromkeys([str(fast)[6:]] if device() == "cuda" else ["float32", str(fast)[6:]]):
-        committed = RESULTS / f"bench-{device()}-{dtype}.json"
-        if (args.plot or args.compare) and not committed.is_file():
-            raise ValueError(f"{committed} is missing: make it with python -m paper.bench")
+    dtypes = args.dtype or dict.fromkeys([str(fast)[6:]] if device() == "cuda" else ["float32", str(fast)[6:]])
+    files, failed = {dtype: RESULTS / f"bench-{device()}-{dtype}.json" for dtype in dtypes}, []
+    for dtype, committed in files.items() if args.plot or args.compare else ():
+        if not committed.is_file():
+            raise ValueError(f"{committed} is missing: make it with python -m paper.bench, or name others by --dtype")
+    for dtype, committed in files.items():
         if args.plot:
             plot(json.loads(committed.read_text()), committed.with_suffix(".png"))
             continue
@@ -376,6 +377,7 @@ def bench(config, labels, sizes, batches, rounds, dtype=torch.float32, compiled=
             try:
                 measured = measure(ours, theirs, some, tiles, batch, rounds if some is labels else 1)
             except torch.cuda.OutOfMemoryError:
+                ours.model.config.pack = 1.0
                 torch.cuda.empty_cache()
                 break
             found += rows(config, measured, tiles, batch, rate, speed, dtype.itemsize)

@@ -28,7 +28,7 @@ SIZES = (60, 40), (30, 50), (200, 40), (33, 32)
 def model():
     """With a router that sends questions to all of its configurations."""
     m = tiny.model(layers=12, visor=False).add_cross_attention(viable=[(1,), (1, 4), (1, 4, 7)]).add_router()
-    torch.manual_seed(36)
+    torch.manual_seed(274)
     for name, p in m.router.named_parameters():
         torch.nn.init.normal_(p)
         if "bias" in name:  # it would decide alone
@@ -160,19 +160,22 @@ def test_what_is_drawn_depends_on_the_number_and_the_seed_alone(model, folder):
     assert first != drawn(seed=1) and first[:2] != first[2:]
 
 
-def test_a_batch_that_memory_does_not_hold_is_asked_one_by_one(model, folder, monkeypatch):
+@pytest.mark.parametrize("fault, message", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory: give smaller images or fewer"),
+    (ValueError("the output is not finite:\nbroken weights"), "the output is not finite: broken weights")])
+def test_a_batch_with_a_question_that_fails_is_asked_one_by_one(model, folder, monkeypatch, fault, message):
     generate, questions = VLM.generate, questions_of(folder)[:6]
     want = [x.tokens for x in answers.answers(model, questions, max_tokens=2)]
 
     def small(self, prompts, *a, **k):
         if len(prompts) > 1 or len(prompts[0].images) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            raise fault
         return generate(self, prompts, *a, **k)
     monkeypatch.setattr(VLM, "generate", small)
     found = list(answers.answers(model, questions, max_tokens=2))
     want[3] = None  # of two images
     assert [x.tokens for x in found] == want
-    assert found[3] == Answer(error="out of memory: give smaller images or fewer")
+    assert found[3] == Answer(error=message)
 
     def broken(*a, **k):
         raise RuntimeError("a bug")
@@ -182,6 +185,13 @@ def test_a_batch_that_memory_does_not_hold_is_asked_one_by_one(model, folder, mo
 
 
 # --- the command ---
+
+def test_two_commands_do_not_write_to_one_file(folder, tmp_path, capsys):
+    out = tmp_path / "o.jsonl"
+    with sample.alone_in(out):
+        status, _, err = call(capsys, "--model", folder / "model", "--batch", folder / "q.jsonl", "--out", out)
+    assert status == 2 and "another run is writing there" in err and not out.read_bytes()
+
 
 @pytest.mark.parametrize("flags", [[], ["--sa", "1,4"], ["--budget", 0.8], ["--pack", 2.0]])
 def test_lines_say_what_json_says_of_each_row_alone(folder, capsys, flags):
@@ -199,7 +209,8 @@ def test_lines_say_what_json_says_of_each_row_alone(folder, capsys, flags):
         asked = json.loads(call(capsys, *words, *(x for name in images for x in ("--image", folder / name)),
                                 "--q", row["question"], "--json")[1])
         del asked["seconds"]
-        assert found[i] == {**row, **asked, "run": " ".join(map(str, [*words[:2], *flags[:2], *words[2:4]]))}
+        how = " ".join(map(str, [*words[:2], *flags[:2], *words[2:4], "--dtype", "float32"]))
+        assert found[i] == {**row, **asked, "run": how}
 
 
 BAD = {
@@ -234,7 +245,7 @@ def test_a_row_that_cannot_be_used_costs_no_other(folder, loaded, model, capsys,
     assert len(found) == len(BAD) + 2 and "Traceback" not in err
     for row, message in zip(found, BAD.values()):
         assert message in row["error"] and "tokens" not in row and "\n" not in row["error"]
-    assert found[0] == {"image": "no.png", "question": "hi", "run": "--model nano --max-tokens 2",
+    assert found[0] == {"image": "no.png", "question": "hi", "run": "--model nano --max-tokens 2 --dtype float32",
                         "error": f"{tmp_path / 'no.png'}: no such image; check the path"}
     tokens = alone(model, ("hi", [folder / "1.png"]), max_tokens=2)[0]
     assert [(x["tokens"], x["n"]) for x in found[-2:]] == [(tokens, 1000)] * 2
