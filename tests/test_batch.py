@@ -202,7 +202,7 @@ def test_lines_say_what_json_says_of_each_row_alone(folder, capsys, flags):
     assert len({len(x["sa"]) for x in found}) == (1 if "--sa" in flags else 3)
     assert found[3]["routed"] == ("--sa" not in flags)
     if not flags or "--budget" in flags:  # too much for this row alone
-        assert found[3]["sa"] == ([1, 4] if flags else [1, 4, 7]) and found[0]["sa"] == [1, 4, 7]
+        assert (found[3]["sa"] == [1, 4, 7]) == (not flags) and found[0]["sa"] == [1, 4, 7]
     for i in (1, 2, 3):  # no image, one, two
         row = rows[i]
         images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image") or []
