@@ -1,6 +1,6 @@
 """How fast, against what people use today: transformers' LLaVA-OneVision, ours dense, and VISOR's configurations.
 
-    python -m paper.bench             every row, paper/results/bench-DEVICE-DTYPE.json and .png; 25 minutes on 2 cores
+    python -m paper.bench             every row, paper/results/bench-DEVICE-DTYPE.json and .png; 40 minutes on 2 cores
     python -m paper.bench --quick     5 tiles, a few rows, one round; nothing is written
     python -m paper.bench --compare   --quick against that JSON: a ratio that fell by more than a fifth is an error
     python -m paper.bench --measure   seconds of encoder and prefill against the operations that flops.py counts
