@@ -257,7 +257,7 @@ def die_with_parent(*_):
 
 def keep_freed_memory():
     """Has the C library keep what is freed. Else large tensors go back to the system each time, and come back page by
-    page: a RMSNorm of 3,699 x 896 takes 48 ms instead of 5, a prefill a tenth to a quarter more (Linux, glibc)."""
+    page: a RMSNorm of 3,699 x 896 takes 48 ms instead of 5, a prefill a tenth to a fifth more (Linux, glibc)."""
     if sys.platform == "linux":
         import ctypes
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)

@@ -84,6 +84,7 @@ class RMSNorm(nn.Module):
         return torch.cat([self.scaled(part) for part in x.flatten(0, -2).split(512)]).view(x.shape)
 
     def scaled(self, x):
+        """By the length of each token's features, which is one pass over them; F.rms_norm makes squares first."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # (..., 1)
         mean = torch.addcmul(self.eps_tensor, length, length, value=1 / self.size)

@@ -204,8 +204,8 @@ def vision_mask(pos, all_v_pos, dtype):
 
 
 def additive(allowed, dtype):
-    """A mask to add to scores. One of booleans, attention would turn into this anew in each layer. Its rows lie 64
-    apart, as CUDA's kernels ask."""
+    """A mask to add to scores; one of booleans, attention would turn into this anew in each layer. Its rows begin at
+    multiples of 64 numbers, as CUDA's kernels ask."""
     n = allowed.shape[-1]
     mask = torch.zeros(*allowed.shape[:-1], round_up(n, 64), dtype=dtype, device=allowed.device)[..., :n]
     return mask.masked_fill_(~allowed, float("-inf"))
