@@ -414,6 +414,12 @@ def test_the_harness_finds_what_is_planted(name, tmp_path):
     assert not wanted or found[0][1][0].startswith(wanted)
 
 
+def test_memory_that_the_process_kept_hides_nothing(tmp_path):
+    cli.keep_freed_memory()
+    len(bytearray(b"x") * (400 << 20))  # freed at once, and kept
+    test_the_harness_finds_what_is_planted("memory", tmp_path)
+
+
 def test_an_input_as_it_should_be_may_not_be_refused(tmp_path):
     refuse = raises(ValueError("file: broken; get it again"))
     kind = Kind(lambda: ["as it should be"], lambda rng, x: x, refuse, ("file",))
