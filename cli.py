@@ -1,10 +1,14 @@
-"""What all commands share: parsing, how errors end, where the shipped miniature lies, writing files whole.
+"""What all commands share: parsing, how errors end, where the shipped miniature lies, reading JSON, writing
+files whole.
 
 Imports nothing of the project, and torch only in functions that need it: --help and flops.py answer at once.
 """
 import argparse
+import io
+import json
 import os
 import shutil
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -17,12 +21,19 @@ class Parser(argparse.ArgumentParser):
     """A command line of any script: bad input gives one line `error: ...` on stderr and exit status 2."""
 
     def error(self, message):
-        print(f"error: {message}", file=sys.stderr)
+        message = " ".join(message.split())
+        print(f"error: {message}{' blank ones' * message.endswith('unrecognized arguments:')}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def run(main):
     """Calls a script's main. A mistake in the input ends like one in the command line, without a traceback."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is written as an escape, never lost
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BrokenPipeError:  # `| head` has read enough
@@ -30,11 +41,17 @@ def run(main):
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not any(x in str(e) for x in ("out of memory", "allocate memory")):
             raise  # not torch's way to say that there is too little, but a bug
-        print(f"error: {' '.join(str(e).split()) or 'out of memory: give smaller images or fewer'}", file=sys.stderr)
+        said = f"{e.filename}: {e.strerror.lower()}" if isinstance(e, OSError) and e.filename else str(e)
+        print(f"error: {' '.join(said.split()) or 'out of memory: give smaller images or fewer'}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def counted(n, what):
+    """1 tile, 2 tiles, 1,000 tiles."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def checkpoint_path(name):
@@ -42,28 +59,116 @@ def checkpoint_path(name):
     return NANO if name == "nano" and not Path("nano/config.json").is_file() else name
 
 
+def read_json(path, kind=dict, mend="get it again"):
+    """What a JSON file holds, in UTF-8, 16 or 32, with or without a byte order mark. Raises ValueError, one line, if it
+    is missing, no JSON, nested too deeply, or no `kind` (dict or list); mend: what the line advises."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror.lower()}; {mend}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply; {mend}") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not valid JSON ({e}); {mend}") from None
+    except ValueError:  # bytes that are no text, a number of thousands of digits
+        raise ValueError(f"{path}: not valid JSON; {mend}") from None
+    if not isinstance(found, kind):
+        raise ValueError(f"{path}: not a JSON {'object' if kind is dict else kind.__name__}; {mend}")
+    return found
+
+
+def read_rows(file, **types):
+    """[(line, row)] of a .jsonl file of the run, without lines that are damaged or cut off: they must not keep a run
+    from going on. types: what a row has at least, as step=int."""
+    found = []
+    for line in open(file, errors="replace") if Path(file).is_file() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if line.endswith("\n") and isinstance(row, dict) and all(type(row.get(k)) is t for k, t in types.items()):
+            found.append((line, row))
+    return found
+
+
+def append_rows(file, rows):
+    """Adds dicts to a .jsonl file, which is as valid as before when that fails. Raises ValueError."""
+    with writing(file), open(file, "a") as f:
+        f.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+@contextmanager
+def writing(path):
+    """Names a file that could not be written, as an error of the disk does not always. Raises ValueError."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename not in (None, str(path)) and not str(e.filename).startswith(f"{path}."):
+            raise  # about another file
+        raise ValueError(f"{path}: cannot be written ({(e.strerror or str(e)).lower()}); make room or name another "
+                         "place") from None
+
+
 @contextmanager
 def atomic(path):
     """Gives a path beside `path` to write a file or a directory to, and renames it into place when all is written.
 
-    A process that is killed or fails in between leaves *.writing behind and the old content as it was. Into a directory
-    that exists the files are moved one by one.
+    A process that fails in between leaves the old content as it was; one that is killed also a *.writing. Into a
+    directory that exists the files are moved one by one. Raises ValueError where the disk is full.
     """
     path = Path(path)
     beside = path.with_name(f"{path.name}.{os.getpid()}.writing")
-    yield beside
-    if path.is_dir():
-        for file in beside.iterdir():
-            os.replace(file, path / file.name)
-        beside.rmdir()
-    else:
-        os.replace(beside, path)
+    try:
+        with writing(path):
+            yield beside
+            if path.is_dir():
+                for file in beside.iterdir():
+                    os.replace(file, path / file.name)
+                beside.rmdir()
+            else:
+                os.replace(beside, path)
+    except BaseException:
+        remove(beside)
+        raise
+
+
+def remove(path):
+    """Deletes a file or a directory, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def remove_unfinished(directory):
     """Deletes what `atomic` left in a directory when its process was killed."""
     for path in Path(directory).glob("*.writing"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)
+
+
+def free_threads():
+    """As many threads as this process's share of the cores that nothing else keeps busy, as torch would start them; at
+    least one. On a machine where all cores are busy two threads wait for one another: 7 times slower than one alone.
+    """
+    import torch
+    idle = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        before = cpu_times()
+        time.sleep(0.3)
+        ticks = [b - a for a, b in zip(before, cpu_times())]
+        idle = min(idle, round(os.cpu_count() * sum(ticks[3:5]) / sum(ticks)))  # of user, nice, system, idle, iowait
+    except (OSError, ValueError, ZeroDivisionError):
+        pass                                                                    # no Linux
+    return max(1, min(torch.get_num_threads(), idle // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def cpu_times():
+    """What all cores together have done since the start, in ticks."""
+    return [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+
+
+def die_with_parent(*_):
+    """Of a worker process: it ends when the process that reads from it does, however that comes about (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def placement(device, dtype):
@@ -81,9 +186,16 @@ def placement(device, dtype):
         raise ValueError(f"--device {device}: not available here ({str(e).splitlines()[0]})") from None
     if dtype == "auto":
         bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if bf16 else "float16" if device.startswith("cuda") else "float32"
-        print(f"{dtype}: the fastest that is safe on {device}", file=sys.stderr)
+        dtype = "bfloat16" if bf16 else "float32"  # never float16: Qwen2's activations pass 65,504
+        print(f"{dtype} on {device}: {'as fast as it is safe' if bf16 else 'no bfloat16 here'}", file=sys.stderr)
     return device, getattr(torch, dtype)
+
+
+def not_finite(what, dtype):
+    """The error for `what` (a loss, an output) in a torch dtype, whose numbers are not all finite."""
+    mend = ("float16 ends at 65,504: give --dtype bfloat16 or float32" if str(dtype) == "torch.float16" else
+            "the weights are broken; get them again, or take an earlier checkpoint")
+    return ValueError(f"{what} is not finite: {mend}")
 
 
 @contextmanager

@@ -4,16 +4,20 @@ LLaVA-OneVision's input side, without torch. `tiling` is the one place that know
 given size costs; `pixels`, the model and flops.py all follow it. What differs from the original code is said at the
 line that differs. Training files are read in llava/ (`python -m llava --check FILE`, `--show FILE`).
 """
+import io
 import json
 import math
 import re
+import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from tokenizers import Tokenizer
 
+from cli import counted
 from config import PAD
 
 IMAGE = "<image>"  # stands for an image in a question; never becomes a token of the language model
@@ -33,6 +37,12 @@ class SampleError(ValueError):
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
+
+# Pillow knows more: EPS and PDF, which start other programs, documents, films. MPO, many a phone's, is a kind of JPEG
+FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"
+TURNS = dict(enumerate((Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
+                        Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90), 2))  # EXIF orientations; 1 is upright
+
 
 class Tiling(NamedTuple):
     """How one image becomes visual tokens. Tokens: base tile (side * side), then the grid row by row."""
@@ -90,32 +100,99 @@ def tiling(width, height, config, single_image=True, max_tiles=None):
 
 
 def load_image(path):
-    """An RGB PIL image, turned upright by its EXIF tag. Raises SampleError with one line about the file."""
+    """An upright PIL image, RGB, or RGBA where it has transparency. Raises SampleError with one line about the file.
+
+    Metadata never decides: a file that opens only without its comments and profiles is read without them.
+    """
+    if not Path(path).is_file():
+        raise SampleError("missing image", f"{path}: no such image; check the path")
     try:
-        if not Path(path).is_file():
-            raise SampleError("missing image", f"{path}: no such image; check the path")
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about EXIF and large images
+            try:
+                return decode(path)
+            except Image.DecompressionBombError:
+                raise
+            except Exception:
+                return decode(without_metadata(path))
     except Image.DecompressionBombError:
         raise SampleError("oversized image",
                     f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
     except Image.UnidentifiedImageError:
-        raise SampleError("broken image",
-                    f"{path}: not an image that Pillow can read; give a PNG, JPEG, WebP, ...") from None
-    except SampleError:
-        raise
+        raise SampleError("broken image", f"{path}: not an image that is read here ({', '.join(FORMATS)}); convert it "
+                          "to PNG, or get it again") from None
     except Exception as e:  # Pillow raises nearly anything on broken files
+        if isinstance(e, OSError) and e.errno:  # the system's word, not Pillow's
+            raise SampleError("missing image", f"{path}: {e.strerror.lower()}; make it readable") from None
         raise SampleError("broken image", f"{path}: broken image ({e}); get it again") from None
 
 
-def to_rgb(image):
-    """RGB as the reference makes it (transparency is dropped), but deep greys are scaled, not clipped."""
+def decode(file):
+    """The image of a path or a binary file, as load_image gives it. Raises nearly anything."""
+    Image.init()  # knows all of Pillow's formats from here on
+    with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        image.load()
+        try:
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        except Exception:  # EXIF is as others left it; one that cannot be read turns nothing
+            turn = None
+        return colours(image if turn is None else image.transpose(turn))
+
+
+def without_metadata(path):
+    """A PNG or JPEG as a binary file without what decoding does not need, EXIF excepted; the path of any other kind."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        is_png, is_jpeg = head == b"\x89PNG\r\n\x1a\n", head.startswith(b"\xff\xd8")
+        if not (is_png or is_jpeg):
+            return path
+        content = head + file.read()
+    if is_png:
+        kept, at = [head], 8
+        while at + 8 <= len(content):  # a chunk: length, name, that many bytes, checksum
+            name, end = content[at + 4:at + 8], at + 12 + int.from_bytes(content[at:at + 4], "big")
+            whole = zlib.crc32(content[at + 4:end - 4]) == int.from_bytes(content[end - 4:end], "big")
+            if name[:1].isupper() or (name in (b"tRNS", b"eXIf") and whole):
+                kept.append(content[at:end])
+            at = end
+    else:
+        kept, at = [head[:2]], 2
+        while at + 4 <= len(content) and content[at] == 0xff and content[at + 1] != 0xda:  # segments, to the first scan
+            marker, end = content[at + 1], at + 2 + int.from_bytes(content[at + 2:at + 4], "big")
+            body, optional = content[at + 4:end], 0xe0 <= marker <= 0xef or marker == 0xfe  # applications', comments
+            colour_code = marker in (0xe0, 0xee) and len(body) >= 12  # JFIF's and Adobe's: YCbCr, CMYK, ...
+            if not optional or colour_code or body.startswith(b"Exif\0\0"):
+                kept.append(content[at:end])
+            at = end
+    return io.BytesIO(b"".join([*kept, content[at:]]))
+
+
+def colours(image):
+    """RGBA where a PIL image has transparency, else RGB; of greys deeper than 8 bits see to_rgb."""
     if image.mode.startswith(("I", "F")):
         grey = np.asarray(image).astype(np.float32)
-        top = 65535 if image.mode.startswith("I;16") else max(255, grey.max())
-        image = Image.fromarray((grey.clip(0, top) * (255 / top)).astype(np.uint8))
-    elif image.mode == "La":  # Pillow has no direct way
+        if not np.isfinite(grey).all():
+            raise SampleError("broken image", "NaN or infinity among its greys")
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # a PGM of 16 bits
+            top = 65535
+        else:
+            top = 1 if image.mode == "F" and grey.max() <= 1 else max(255, grey.max())
+        return Image.fromarray((grey.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
+    if image.mode == "La":  # Pillow has no direct way
         image = image.convert("LA")
+    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+    return image.convert("RGBA" if transparent else "RGB")
+
+
+def to_rgb(image, transparency="drop"):
+    """A PIL image in RGB as the reference makes it, but deep greys are scaled, not clipped.
+
+    transparency: as in Config. Black is 0 and what is below; white is 65535 in greys of 16 bits; elsewhere the largest
+    value, at least 255, or 1 where floats lie at or below it. Raises SampleError where a grey is not finite.
+    """
+    image = colours(image)
+    if transparency == "white" and image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -152,7 +229,7 @@ def process_image(image, config, single_image=True, max_tiles=None):
     if not single_image and max(image.size) ** 2 > 2 * Image.MAX_IMAGE_PIXELS:
         raise SampleError("oversized image",
                           f"an image of {image.width} x {image.height} is too long to be padded to a square; crop it")
-    return ProcessedImage(pixels(to_rgb(image), tiles, config), tiles)
+    return ProcessedImage(pixels(to_rgb(image, config.transparency), tiles, config), tiles)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -164,13 +241,19 @@ def load_tokenizer(directory):
         raise ValueError(f"{path} is missing; copy it from the checkpoint's page or from Qwen/Qwen2-0.5B-Instruct")
     try:
         tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.encode("\0")  # fails without a token for what is unknown
     except Exception as e:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer file ({e}); download it again") from None
+        raise ValueError(f"{path}: not a tokenizer file ({' '.join(str(e).split())}); get the checkpoint's files "
+                         "again") from None
+    tokenizer.no_truncation()  # what a file says of batches for training would cut prompts, or fill them
+    tokenizer.no_padding()
     for token in ("<|im_start|>", "<|im_end|>"):
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{path}: has no token {token}; use the tokenizer of a Qwen2 chat model")
     if tokenizer.token_to_id(IMAGE) is not None:  # llava-hf's; here such words are placeholders or plain text
         spec = json.loads(tokenizer.to_str())
+        if not isinstance(spec["model"]["vocab"], dict):
+            raise ValueError(f"{path}: {spec['model']['type']}, but Qwen2's tokenizer is BPE; use its own")
         spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in (IMAGE, "<video>")]
         spec["model"]["vocab"] = {t: i for t, i in spec["model"]["vocab"].items() if t not in (IMAGE, "<video>")}
         tokenizer = Tokenizer.from_str(json.dumps(spec))
@@ -191,7 +274,7 @@ def place_images(question, n):
     if IMAGE not in question:
         return " ".join([IMAGE] * n) + "\n" + question if n else question
     if question.count(IMAGE) != n:
-        raise ValueError(f"the question has {question.count(IMAGE)} {IMAGE} but {n} images were given: "
+        raise ValueError(f"the question has {question.count(IMAGE)} {IMAGE} but {counted(n, 'image')} given: "
                          "give one image for each, or leave the placeholders out")
     return question
 
@@ -241,7 +324,8 @@ def encode(text, tokenizer, images=(), start=0):
     else:
         chunks = text.split(IMAGE)
     if len(chunks) != len(images) + 1:
-        raise SampleError("placeholders", f"the text has {len(chunks) - 1} {IMAGE} but {len(images)} images were given")
+        raise SampleError("placeholders", f"the text has {len(chunks) - 1} {IMAGE} but "
+                          f"{counted(len(images), 'image')} given")
     ids, t_pos, v_pos, v_img, answer_starts = [], [], [], [], []
     for i, chunk in enumerate(chunks):
         new = tokenizer.encode(chunk, add_special_tokens=False)
@@ -282,8 +366,8 @@ def labelled(pieces, tokenizer, images=(), start=0):
         for whole, more in zip(prompt, new):
             whole += more
     if left:
-        raise SampleError("placeholders", f"the text has {len(images) - len(left)} {IMAGE} but {len(images)} images "
-                          "were given")
+        raise SampleError("placeholders", f"the text has {len(images) - len(left)} {IMAGE} but "
+                          f"{counted(len(images), 'image')} given")
     return prompt, labels
 
 

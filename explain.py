@@ -3,16 +3,24 @@
 Drawn with Pillow alone. Used by `sample.py --explain out.png`.
 """
 import textwrap
+import unicodedata
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cli import counted
 from data import Prompt, collate, join
 
 INK, PALE, PAPER = (32, 33, 36), (112, 117, 125), (255, 255, 255)
 KINDS = {"text-only": (218, 221, 226), "cross-attention": (72, 133, 237), "self-attention": (240, 140, 30)}
 HEAT = np.array([[10, 8, 40], [90, 20, 110], [190, 55, 80], [245, 130, 30], [255, 230, 120]], dtype=float)
 WIDTH, MARGIN, GAP = 1600, 48, 20
+# Pillow's own font has ASCII and little more; for other text the first of these that is installed and has it
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf",
+         "msyh.ttc")
 
 
 def attention_to_images(model, prompt, answer, sa):
@@ -45,55 +53,60 @@ def attention_to_images(model, prompt, answer, sa):
     return found
 
 
-def draw(path, images, processed, config, report, attention):
+def draw(path, images, processed, config, report, attention, questions=1):
     """Writes the PNG.
 
     images and processed: PIL images and their data.ProcessedImage; report: sample.py's row about the question;
-    attention: of attention_to_images.
+    attention: of attention_to_images; questions: how many the report's saving is over.
     """
     images = [fit(image, 900, 900) for image in images]  # nothing is drawn larger
     maps = {l: (heat(weights, processed, config), float(weights.sum())) for l, weights in sorted(attention.items())}
     columns = 6
     cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
     thumbs = {l: montage(images, m, cell) for l, (m, _) in maps.items()}
-    line = max((t.height for t in thumbs.values()), default=0) + 52
+    line = max((t.height for t, _ in thumbs.values()), default=0) + 72
     shown = fit(tiled(images, processed, config), 520, 380)
-    top = 150 + 34 * len(textwrap.wrap(report["answer"] or " ", 90)[:3])
+    asked, answer = (wrap(report[name], size, WIDTH - 2 * MARGIN) for name, size in (("question", 34), ("answer", 26)))
+    answer = answer[:3] or ["(no answer)"]
+    top = 150 + 34 * len(answer)
     heads = top + max(shown.height, 250) + 70
     page = Image.new("RGB", (WIDTH, heads + line * -(-len(maps) // columns) + MARGIN - 10), PAPER)
     pen = ImageDraw.Draw(page)
 
-    write(pen, MARGIN, 36, " ".join(report["question"].split())[:90], 34)
+    write(pen, MARGIN, 36, asked[0] + " ..." * (len(asked) > 1), 34)
     y = 88
-    for row in textwrap.wrap(report["answer"] or "(no answer)", 90)[:3]:
+    for row in answer:
         y = write(pen, MARGIN, y, row, 26, PALE) + 8
 
     page.paste(shown, (MARGIN, top))
-    grids = [f"{p.tiling.tiles} tile{'s' * (p.tiling.tiles > 1)}, {p.tiling.tokens:,} tokens" for p in processed]
+    grids = [f"{counted(p.tiling.tiles, 'tile')}, {counted(p.tiling.tokens, 'token')}" for p in processed]
     write(pen, MARGIN, top + shown.height + 10, textwrap.shorten("; ".join(grids), 60, placeholder=" ..."), 18, PALE)
 
     left = MARGIN + 520 + 2 * GAP
     strip(pen, left, top, WIDTH - MARGIN - left, config, report["sa"])
     flops = report["flops"]
     saving = flops["saving"]
-    less = f"{saving:.1f}x fewer" if saving >= 1 else f"{1 / saving:.1f}x more"  # where the images ran again
-    facts = [f"Language model: {less} operations than dense",
-             f"{flops['llm'] / 1e9:,.4g} instead of {flops['llm_dense'] / 1e9:,.4g} GFLOP; "
-             f"the vision encoder takes {flops['encoder'] / 1e9:,.4g}",
-             f"{report['text_tokens']} text and {report['vision_tokens']:,} visual tokens, "
-             f"{len(report['tokens'])} tokens of answer"]
+    less = f"{saving:.1f}x fewer operations than" if saving > 1 else f"{1 / saving:.1f}x more operations than" if \
+        saving < 1 else "as many operations as"
+    spent = f"instead of {flops['llm_dense'] / 1e9:,.4g} GFLOP" if questions == 1 else "GFLOP for this one"
+    facts = [f"Language model: {less} dense" + f" over {counted(questions, 'question')}" * (questions > 1),
+             f"{flops['llm'] / 1e9:,.4g} {spent}; the vision encoder took {flops['encoder'] / 1e9:,.4g}",
+             f"{report['text_tokens']} text and {counted(report['vision_tokens'], 'visual token')}, "
+             f"{counted(len(report['tokens']), 'token')} of answer"]
     y = top + 150
     for i, fact in enumerate(facts):
         y = write(pen, left, y, fact, 20 if i else 30, PALE if i else INK) + 14
 
-    write(pen, MARGIN, heads - 16, "Where the answer's attention went, each layer on its own scale, dark to bright", 24)
+    write(pen, MARGIN, heads - 16, "Where the answer's attention went, each layer on its own scale:", 24)
+    scale(page, pen, WIDTH - MARGIN - 620, heads - 12)
     for i, (l, (_, share)) in enumerate(maps.items()):
-        x, y = MARGIN + i % columns * (cell + GAP), heads + 26 + i // columns * line
+        x, y, (thumb, peak) = MARGIN + i % columns * (cell + GAP), heads + 26 + i // columns * line, thumbs[l]
         kind = "self-attention" if l in report["sa"] else "cross-attention"
         pen.rectangle((x, y, x + cell - 1, y + 4), fill=KINDS[kind])
-        page.paste(thumbs[l], (x, y + 5))
-        note = f"layer {l}, self: {share:.0%} on the image" if l in report["sa"] else f"layer {l}, cross"
-        write(pen, x, y + thumbs[l].height + 9, note, 16, PALE)
+        page.paste(thumb, (x, y + 5))
+        note = f"layer {l}, self: {percent(share)} on the image" if l in report["sa"] else f"layer {l}, cross"
+        below = write(pen, x, y + thumb.height + 9, note, 16, PALE)
+        write(pen, x, below, f"brightest: {peak:.3g}x the mean", 16, PALE)
     page.save(path)
 
 
@@ -113,7 +126,8 @@ def heat(weights, processed, config):
 
 
 def montage(images, maps, width):
-    """The images side by side, dimmed, with their heat on top; one scale for all of them, from low to high."""
+    """(The images side by side, dimmed, with their heat on top; how many times the mean the brightest colour is). One
+    scale for all of them, from low to high."""
     layers = []
     for image, own in zip(images, maps):
         w, h = image.size
@@ -126,16 +140,30 @@ def montage(images, maps, width):
             total += np.asarray(stretched.crop(box) if box else stretched)
         layers.append(total.clip(0))
     low, high = (np.quantile(np.concatenate([t.ravel() for t in layers]), q) for q in (0.05, 0.995))
-    out = []
+    mean, out = np.concatenate([t.ravel() for t in layers]).mean(), []
     for image, total in zip(images, layers):
-        x = ((total - low) / max(high - low, 1e-9)).clip(0, 1)[..., None]
+        x = ((total - low) / ((high - low) or 1)).clip(0, 1)[..., None]
         grey = np.asarray(image.convert("L"), dtype=float)[..., None] * 0.45 + 20
-        at = x[..., 0] * (len(HEAT) - 1)
-        below = at.astype(int).clip(0, len(HEAT) - 2)
-        colour = HEAT[below] + (HEAT[below + 1] - HEAT[below]) * (at - below)[..., None]
+        colour = heat_colour(x[..., 0])
         mix = 0.25 + 0.55 * x
         out.append(Image.fromarray((grey * (1 - mix) + colour * mix).astype(np.uint8)))
-    return fit(side_by_side(out), width, width * 2)
+    return fit(side_by_side(out), width, width * 2), high / mean if mean > 0 else 0.0
+
+
+def heat_colour(x):
+    """RGB (..., 3) of x (...) from 0, dark, to 1, bright."""
+    at = x * (len(HEAT) - 1)
+    below = at.astype(int).clip(0, len(HEAT) - 2)
+    return HEAT[below] + (HEAT[below + 1] - HEAT[below]) * (at - below)[..., None]
+
+
+def scale(page, pen, x, y):
+    """What the colours mean."""
+    bar = np.broadcast_to(heat_colour(np.linspace(0, 1, 200)), (16, 200, 3)).astype(np.uint8)
+    x += 20 + pen.textlength("least", ImageFont.load_default(18))
+    write(pen, x - 12 - pen.textlength("least", ImageFont.load_default(18)), y - 2, "least", 18, PALE)
+    page.paste(Image.fromarray(bar), (round(x), y))
+    write(pen, x + 212, y - 2, "most, as said below; the mean is the image's", 18, PALE)
 
 
 def square_box(w, h):
@@ -198,7 +226,52 @@ def strip(pen, x, y, width, config, sa):
         x += 24 + pen.textlength(label, ImageFont.load_default(18)) + 28
 
 
+def percent(x):
+    """A share that is not zero never reads as zero."""
+    return f"{x:.0%}" if x >= 0.1 else f"{x:.1%}" if x >= 0.001 else "<0.1%"
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+@lru_cache
+def fonts(size):
+    """The fonts that are here, Pillow's own first."""
+    found, matplotlib = [ImageFont.load_default(size)], find_spec("matplotlib")
+    own = [str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")] if matplotlib else []
+    for name in (*FONTS, *own):
+        try:
+            found.append(ImageFont.truetype(name, size))
+        except OSError:
+            pass  # not installed
+    return found
+
+
+@lru_cache(4096)
+def has(font, character):
+    """Whether a font knows a character: it draws another one than for a character that does not exist."""
+    return bytes(font.getmask(character)) != bytes(font.getmask("\U0010ffff"))
+
+
+def legible(text, size):
+    """(font, text): the first font that has most of a text, and the text with what it lacks in ASCII: e for an e with
+    an accent, an escape for what has no Latin letter."""
+    font = max(fonts(size), key=lambda font: sum(has(font, c) for c in text))
+    return font, "".join(c if has(font, c) else in_ascii(c) for c in text)
+
+
+def in_ascii(character):
+    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return plain if plain and plain.isprintable() else character.encode("unicode_escape").decode()
+
+
+def wrap(text, size, width):
+    """Text as lines of about `width` pixels."""
+    font, text = legible(" ".join(text.split()), size)
+    return textwrap.wrap(text, max(1, int(0.95 * width * len(text) / max(1, font.getlength(text)))))
+
+
 def write(pen, x, y, text, size, colour=INK):
     """One line of text; returns the y below it."""
-    pen.text((x, y), text, fill=colour, font=ImageFont.load_default(size))
+    font, text = legible(text, size)
+    pen.text((x, y), text, fill=colour, font=font)
     return y + round(size * 1.15)

@@ -14,11 +14,12 @@ norms, activations and softmax are left out, as is usual (under 1 %). Two conven
 """
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
-from cli import Parser, checkpoint_path, run
-from config import PRESETS, preset, read_config
+from cli import Parser, checkpoint_path, counted, run
+from config import LIMITS, PRESETS, checked, preset, read_config
 from data import tiling
 
 # --- operations -----------------------------------------------------------------------------------------------------
@@ -68,8 +69,10 @@ def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False, head
 
 
 def answer_flops(c, sa, text, vision, answer):
-    """The tokens of an answer after the first, which the prompt gives: answer - 1 steps from the cache."""
-    return sum(llm_flops(c, sa, 1, 0, text + i, vision) for i in range(answer - 1))
+    """The tokens of an answer after the first, which the prompt gives: answer - 1 steps from the cache. Each costs as
+    much more than the one before, so all together cost as many times the mean of the first and the last."""
+    steps = answer - 1
+    return steps * sum(llm_flops(c, sa, 1, 0, past, vision) for past in (text, text + steps - 1)) // 2
 
 
 def router_flops(c, text, vision):
@@ -150,11 +153,13 @@ def parse(argv=None):
     p.add_argument("--plot", metavar="FILE.png", help="draw operations against visual tokens (needs matplotlib)")
     p.add_argument("--json", action="store_true", help="the numbers as one JSON object")
     args = p.parse_args(argv)
-    for flag, ok in (("tiles", args.tiles is None or args.tiles >= 1), ("text", args.text >= 1),
-                     ("answer", args.answer >= 1), ("batch", args.batch >= 1), ("pack", args.pack is None
-                                                                                 or args.pack >= 1)):
-        if not ok:
-            p.error(f"--{flag} {getattr(args, flag)}: give a number of at least 1")
+    limits = {**dict.fromkeys(("tiles", "text", "answer", "batch"), range(1, (1 << 30) + 1)), "pack": LIMITS["pack"]}
+    for name in limits:
+        if getattr(args, name) is not None:
+            try:
+                checked(name, getattr(args, name), f"--{name}", limits)
+            except ValueError as e:
+                p.error(str(e))
     if args.tiles and args.image:
         p.error("--tiles and --image both say how large the image is; give one of them")
     return args
@@ -164,12 +169,12 @@ def settings(args):
     """The Config to count for, with VISOR's layers where a dense checkpoint has none yet."""
     if args.model in PRESETS:
         c = preset(args.model)
-    elif Path(checkpoint_path(args.model)).is_dir():
+    elif args.model and Path(checkpoint_path(args.model)).is_dir():
         c = read_config(checkpoint_path(args.model))
     else:
         raise ValueError(f"--model {args.model}: no such preset or directory; give one of {', '.join(PRESETS)}, nano")
     if not c.ca and not c.sa:
-        c.ca, c.sa, c.viable = c.visor_layers()
+        c.add_visor()
     if args.pack is not None:
         c.pack = args.pack
     return c
@@ -181,10 +186,9 @@ def images(args, c):
         return args.tiles, args.tiles * c.side ** 2
     sizes = []
     for text in args.image or ["1024x768"]:
-        w, _, h = text.partition("x")
-        if not (w.isdigit() and h.isdigit() and int(w) and int(h)):
+        if not re.fullmatch("[1-9][0-9]{0,6}x[1-9][0-9]{0,6}", text):
             raise ValueError(f"--image {text}: give a size in pixels such as 1024x768")
-        sizes.append((int(w), int(h)))
+        sizes.append(tuple(map(int, text.split("x"))))
     found = [tiling(w, h, c, single_image=len(sizes) == 1) for w, h in sizes]
     return sum(t.tiles for t in found), sum(t.tokens for t in found)
 
@@ -250,8 +254,8 @@ def page(c, r):
            f"  VISOR           cross-attention in {','.join(map(str, c.ca))}",
            f"                  + {added / 1e6:,.1f} M parameters, {added / r['parameters']['llm']:.1%} of the language "
            f"model's {r['parameters']['llm'] / 1e6:,.1f} M",
-           f"  prompt          {r['tiles']} tiles, {r['visual_tokens']:,} visual tokens, {r['text_tokens']} text "
-           f"tokens; answer {r['answer_tokens']}",
+           f"  prompt          {counted(r['tiles'], 'tile')}, {counted(r['visual_tokens'], 'visual token')}, "
+           f"{counted(r['text_tokens'], 'text token')}; answer {r['answer_tokens']}",
            *[f"  packing         {c.pack:g}: dense has {r['dense_visual_tokens']:,} visual tokens"] * (c.pack > 1),
            *[f"  batch           {r['batch']}, operations and bytes are those of all"] * (r["batch"] > 1), "",
            "One layer over n tokens of d features (H: all heads together, K: all kv heads):",

@@ -185,6 +185,18 @@ class CrossAttention(nn.Module):
         return y if at.padded_index is None else gather_rows(y, at.padded_index)
 
 
+class Connector(nn.Module):
+    """From the encoder's features to the language model's, token by token: a 2-layer MLP (5.1)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.linear_1 = nn.Linear(c.vision_hidden * (4 if c.pack_widen else 1), c.hidden)  # widened: 4 sub-tokens
+        self.linear_2 = nn.Linear(c.hidden, c.hidden)
+
+    def forward(self, x):  # (..., vision_hidden) -> (..., d)
+        return self.linear_2(F.gelu(self.linear_1(x)))  # the exact GELU here, the tanh one inside SigLIP
+
+
 class Policy(nn.Module):
     """Which configuration a question needs (paper 4.3): the routing token, one learned embedding that is put after the
     question, and the MLP that reads it once it has passed the layers all viable configurations share."""

@@ -15,26 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 import weights
 from cache_tree import CacheTree
-from cli import timer
+from cli import not_finite, timer
 from config import group_by_configuration
 from data import Prompt, collate, target_mask
 from encoders.siglip import VisionTower
 from flops import llm_flops
-from layers import (Block, CrossAttention, DecodeLayout, LayerCache, Past, Policy, make_layout, make_routing_layout,
-                    round_up, upload)
+from layers import (Block, Connector, CrossAttention, DecodeLayout, LayerCache, Past, Policy, make_layout,
+                    make_routing_layout, round_up, upload)
 from reduction import reduce
 
-
-class Connector(nn.Module):
-    """From the encoder's features to the language model's, token by token: a 2-layer MLP (5.1)."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.linear_1 = nn.Linear(c.vision_hidden * (4 if c.pack_widen else 1), c.hidden)  # widened: 4 sub-tokens
-        self.linear_2 = nn.Linear(c.hidden, c.hidden)
-
-    def forward(self, x):  # (..., vision_hidden) -> (..., d)
-        return self.linear_2(F.gelu(self.linear_1(x)))  # the exact GELU here, the tanh one inside SigLIP
+NOT_FINITE = -1  # in place of a token, or of a choice: the numbers that it would be made from are not finite
 
 
 class LanguageModel(nn.Module):
@@ -213,15 +203,18 @@ class VLM(nn.Module):
         the most expensive. So for each question; of several questions in a prompt the most expensive choice runs.
         answer_starts: of the data.Batch that is the tree's newest segment. allowed: those to choose among."""
         c = self.config
-        scores = self.route_scores(tree, answer_starts).float()                                 # (B, K, viable)
+        scores = self.route_scores(tree, answer_starts)                                         # (B, K, viable)
         barred = torch.tensor([allowed is not None and own not in allowed for own in c.viable], device=scores.device)
-        p = scores.masked_fill(barred, float("-inf")).softmax(-1)
+        p = scores.float().masked_fill(barred, float("-inf")).softmax(-1)
         cost = [llm_flops(c, own, 1, 1000) for own in c.viable]                                 # the order counts only
         rank = torch.tensor([sorted(set(cost)).index(x) for x in cost], device=p.device)        # (viable,)
         likely = p >= p.amax(-1, keepdim=True).clamp(max=c.route_threshold)                     # (B, K, viable)
         score = (rank + p / 2).masked_fill(~likely, -1)  # cost first, then probability
         choice = score.amax(1).argmax(-1)                # (B,) the costliest of the questions' choices
-        return [c.viable[i] for i in choice.tolist()]  # the host has to know which layers to run
+        choice = choice.where(p.isfinite().all(-1).all(-1), NOT_FINITE).tolist()  # the host has to know what to run
+        if NOT_FINITE in choice:
+            raise not_finite("the router's output", scores.dtype)
+        return [c.viable[i] for i in choice]
 
     def route_scores(self, tree, answer_starts):
         """The policy's scores of the viable configurations, (B, K, viable), for up to K questions in each prompt.
@@ -296,18 +289,20 @@ class VLM(nn.Module):
     def _decode(self, logits, past, position, sa, cache, max_tokens, sampler, on_token):
         """The answers that begin by logits (B, vocab), token by token; their first tokens stand at position (B,)."""
         answers, running = [[] for _ in range(len(logits))], set(range(len(logits)))
-        taken, stretch = 0, min(max_tokens, 256)
+        taken, stretch, stop_ids = 0, min(max_tokens, 256), {self.stop_id, *self.config.stop_ids}
         layout = DecodeLayout(past, position, stretch, self.config, self.device)
         while True:
             tokens = sampler(logits)                     # (B,)
             for i, token in enumerate(tokens.tolist()):  # the only thing that is read back from the device
+                if token == NOT_FINITE:
+                    raise not_finite("the language model's output", logits.dtype)
                 if i not in running:                     # it goes on with the batch; its tokens are dropped
                     continue
-                if token != self.stop_id:
+                if token not in stop_ids:                # they are not part of the answer
                     answers[i].append(token)
                     if on_token:
                         on_token(i, token)
-                if token == self.stop_id or len(answers[i]) == max_tokens:  # the stop token is not part of it
+                if token in stop_ids or len(answers[i]) == max_tokens:
                     running.discard(i)
             if not running:
                 return answers
@@ -385,7 +380,7 @@ class VLM(nn.Module):
         c = self.config
         if c.ca:
             raise ValueError(f"this model has cross-attention already, in layers {c.ca}: start from a dense one")
-        c.ca, c.sa, c.viable = c.visor_layers(ca, sa, viable)
+        c.add_visor(ca, sa, viable)
         for l in c.ca:  # copies of their layers' projections, with an output of zero
             self.init_module(f"language_model.cross.{l}", self.image_newline.dtype, self.device)
         return self
@@ -440,10 +435,13 @@ class VLM(nn.Module):
 
 
 def sample_token(logits, temperature, top_p, random):
-    """The next token of each row of logits (B, vocab): the likeliest, or drawn from the nucleus. Returns (B,)."""
+    """The next token of each row of logits (B, vocab): the likeliest, or drawn from the nucleus. Returns (B,), with
+    NOT_FINITE where logits are not: the token is read back anyway, so that costs no wait of its own."""
+    finite = logits.isfinite().all(-1)                       # (B,)
     if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() - logits.amax(-1, keepdim=True)  # so that nothing overflows, however low the temperature
+        return logits.argmax(-1).where(finite, NOT_FINITE)
+    logits = logits.where(finite[:, None], 0).float()
+    logits = logits - logits.amax(-1, keepdim=True)          # nothing overflows, however low the temperature
     p, order = (logits / max(temperature, 1e-30)).softmax(-1).sort(-1, descending=True)  # (B, vocab) each
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keeps the tokens before which less than top_p has gathered
-    return order.gather(-1, torch.multinomial(p, 1, generator=random))[:, 0]
+    return order.gather(-1, torch.multinomial(p, 1, generator=random))[:, 0].where(finite, NOT_FINITE)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 import report
-from cli import Parser, atomic, checkpoint_path, placement, run
+from cli import Parser, atomic, checkpoint_path, free_threads, not_finite, placement, run, writing
 from flops import llm_flops, sa_name
 from llava.samples import EvalQuestions, Samples
 from model import VLM
@@ -90,10 +90,12 @@ def score_answers(model, pairs, tree):
             score["route"] = model.config.viable.index(sa)
     for sa in tree.configurations:                                           # each goes on where they branch
         h = model.language_model.norm(tree.run(sa)[0][sample, token])        # (targets, d)
-        logits = model.head(h).float()                                       # (targets, vocab)
+        logits = model.head(h)                                               # (targets, vocab)
         hit, loss = np.ones(is_target.shape), np.zeros(is_target.shape)      # (B, Nt - 1)
         hit[sample, token] = (logits.argmax(-1) == targets).cpu().numpy()
-        loss[sample, token] = F.cross_entropy(logits, targets, reduction="none").cpu().numpy()
+        loss[sample, token] = F.cross_entropy(logits.float(), targets, reduction="none").cpu().numpy()
+        if not np.isfinite(loss).all():
+            raise not_finite(f"the loss of configuration {sa_name(model.config, sa)}", logits.dtype)
         matches = (hit.cumprod(1) * is_target).sum(1)                        # targets before the first wrong one
         for score, n, length, x in zip(scores, matches, is_target.sum(1), loss.sum(1)):
             score["correct"].append(int(n == length))                        # the whole answer, and where it ends
@@ -169,7 +171,7 @@ def log_results(path, model, eval_set):
     path, batches = Path(path), image_batches(eval_set, model.config)
     sizes = [sum(len(eval_set[i][1]) for i in numbers) for numbers in batches]  # questions
     head = json.dumps({"viable": model.config.viable, **fingerprint(model, eval_set), "questions": sizes})
-    lines = path.read_text().split("\n") if path.is_file() else [""]            # "" stands for the head to come
+    lines = path.read_text(errors="replace").split("\n") if path.is_file() else [""]  # "" stands for the head to come
     unfinished = lines.pop()  # the last line, as far as it was written
     other = lines[0] != head if lines else not head.startswith(unfinished)
     if other:
@@ -180,11 +182,27 @@ def log_results(path, model, eval_set):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as beside:  # without the unfinished batch
         beside.write_text("\n".join([head, *lines[1:kept], ""]))
-    with open(path, "a") as file:
+    with writing(path), open(path, "a") as file:
         for results in evaluate(model, eval_set, model.config.viable, only=batches[done:]):
             file.write("".join(json.dumps(r) + "\n" for r in results))
             file.flush()          # a kill costs one batch
-    return [json.loads(line) for line in path.read_text().split("\n")[1:-1]]
+    return read_results(path, model, eval_set)
+
+
+def read_results(path, model, eval_set):
+    """What log_results has written. Raises ValueError that names a line which is damaged."""
+    results, n = [], len(model.config.viable)
+    for number, line in enumerate(path.read_text().split("\n")[1:-1], start=2):
+        try:
+            r = json.loads(line)
+            whole = all(len(r[k]) == n and np.isfinite(r[k]).all() for k in ("correct", "prefix_match", "loss"))
+            whole = whole and (r["task"], r["question"], r["answer"]) in eval_set[r["image"]][1]
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path}: line {number} is damaged; remove the file to evaluate anew")
+        results.append(r)
+    return results
 
 
 def fingerprint(model, eval_set):
@@ -277,6 +295,13 @@ class RouterBatches:
         yield F.cross_entropy(scores, targets.to(scores.device), label_smoothing=self.label_smoothing)
 
 
+def conservative_threshold(label_smoothing, n):
+    """config.route_threshold of a router that learns with label smoothing to choose among n configurations: twice what
+    the smoothing alone gives to each that is wrong, so that it is not taken for doubt. Without smoothing the likeliest.
+    """
+    return 2 * label_smoothing / n if label_smoothing else 1.0
+
+
 # --- reports --------------------------------------------------------------------------------------------------------
 
 def summarise(config, results, groups, text, image_size, dense=None):
@@ -319,7 +344,8 @@ def parse(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                    help="(default: auto)")
-    p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
+    p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: as many as there are idle "
+                   "cores)")
     args = p.parse_args(argv)
     if args.search + bool(args.label) + args.report != 1:
         p.error("give one of --search, --label FILE and --report")
@@ -334,8 +360,7 @@ def main(argv=None):
     args = parse(argv)
     if args.out and not find_spec("matplotlib"):
         raise ValueError("--out needs matplotlib: pip install matplotlib")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or free_threads())
     directory = Path(checkpoint_path(args.model))
     device, dtype = placement(args.device, args.dtype)
     model = VLM.from_pretrained(directory, dtype, device)

@@ -5,20 +5,35 @@
 
 The images are encoded once and run through the layers once; each further question costs only its own text.
 """
-import json
 import sys
+
+if __name__ == "__main__":  # Ctrl-C ends the imports in one line, too; the rest is cli.run's
+    def stopped(kind, error, trace):
+        if not issubclass(kind, KeyboardInterrupt):
+            return sys.__excepthook__(kind, error, trace)
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130)
+    sys.excepthook = stopped
+
+import json
+import math
+import textwrap
+from collections import Counter
 from pathlib import Path
 
 import data
-from cli import Parser, checkpoint_path, placement, run
+from cli import Parser, checkpoint_path, counted, placement, run
 from config import branch_layers
-from flops import answer_flops, connector_flops, llm_flops, router_flops, tower_flops, within_budget
+from flops import answer_flops, connector_flops, llm_flops, router_flops, sa_name, tower_flops, within_budget
 
 
 def parse(argv=None):
     p = Parser(description="Ask questions about images.",
-               epilog="Answers go to stdout, one a line; all else to stderr.")
-    p.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
+               epilog="Answers go to stdout, one a line; all else to stderr. Operations of a question are those "
+               "spent on it, the images once; what is saved is over all questions so far, against dense asked the "
+               "same.")
+    p.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="one or more; may be given "
+                   "several times")
     p.add_argument("--q", action="append", required=True, metavar="TEXT", help="a question; may be given several "
                    "times. <image> inside it puts an image there; otherwise the images stand before it")
     p.add_argument("--model", default="nano", metavar="NAME", help="checkpoint directory, hub id, or SIGLIP+QWEN2 "
@@ -40,10 +55,10 @@ def parse(argv=None):
     p.add_argument("--json", action="store_true", help="one JSON object per question instead of plain answers")
     args = p.parse_args(argv)
     for name, ok, what in (("max_tokens", args.max_tokens >= 1, "at least 1"),
-                           ("temperature", args.temperature >= 0, "0 or more"),
+                           ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
                            ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-                           ("pack", args.pack is None or args.pack >= 1, "1 or more"),
-                           ("budget", args.budget is None or args.budget > 0, "above 0")):
+                           ("pack", args.pack is None or 1 <= args.pack < math.inf, "1 or more"),
+                           ("budget", args.budget is None or 0 < args.budget < math.inf, "above 0")):
         if not ok:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number {what}")
     if not 0 <= args.seed < 1 << 63:
@@ -55,6 +70,14 @@ def parse(argv=None):
     if args.budget is not None and args.sa != "auto":
         p.error("--budget chooses the configuration itself; leave --sa out")
     return args
+
+
+def text_of(question, n):
+    """The prompt of a question about n images. Raises ValueError."""
+    try:
+        return data.chatml([data.place_images(question, n)])
+    except ValueError as e:
+        raise ValueError(f"--q {textwrap.shorten(question, 60, placeholder=' ...')!r}: {e}") from None
 
 
 def configuration(args, config, text, vision, dense_vision):
@@ -73,9 +96,11 @@ def configuration(args, config, text, vision, dense_vision):
 def warn_of_layers(args, config):
     """One line where what runs is not what the checkpoint is made for, or not what the router would choose."""
     if args.sa != "auto":
-        sa = config.configuration(args.sa)
-        if len(sa) < config.layers and sa not in config.viable:
-            print(f"--sa {args.sa} is no configuration that this checkpoint is trained for", file=sys.stderr)
+        sa, universal = config.configuration(args.sa), config.ca and config.stage in ("2", "3")  # trained to the end
+        dense = len(sa) == config.layers
+        if sa not in config.viable and (universal or not dense):
+            instead = "; --model nano/dense is" if dense and args.model == "nano" else ""
+            print(f"--sa {args.sa} is no configuration that this checkpoint is trained for{instead}", file=sys.stderr)
     elif config.viable and not config.router and args.budget is None:
         sa = ",".join(map(str, max(config.viable, key=len))) or "none"
         print(f"this checkpoint has no router: running its full configuration, --sa {sa}; "
@@ -94,6 +119,9 @@ def warn_of_other_worlds(questions, images, tokenizer):
         which = f"; it has no word for {', '.join(dict.fromkeys(words))}" if words else ""
         print(f"this is the miniature: it knows only quilts (python -m toy --show x.png) and questions about "
               f"them{which}", file=sys.stderr)
+    if len(images) > 1:
+        print("of several images each is one tile, too coarse for the miniature's signs: give one at a time",
+              file=sys.stderr)
 
 
 class Stream:
@@ -112,7 +140,7 @@ class Stream:
 def main(argv=None):
     args = parse(argv)
     images = [data.load_image(path) for path in args.image]  # before the model: mistakes show at once
-    texts = [data.chatml([data.place_images(q, len(images))]) for q in args.q]
+    texts = [text_of(q, len(images)) for q in args.q]
     device, dtype = placement(args.device, args.dtype)
 
     from model import VLM  # imports torch, 1.5 s
@@ -120,13 +148,16 @@ def main(argv=None):
     if args.pack is not None:
         model.add_packing(args.pack)
     c, single = model.config, len(images) == 1
+    images = [data.to_rgb(image, c.transparency) for image in images]
     processed = [data.process_image(image, c, single) for image in images]
     dense_vision = sum(data.tiling(*image.size, c.unpacked(), single).tokens for image in images)
+    if not images:
+        print("no --image: the model answers from the text alone", file=sys.stderr)
     if c.world == "toy":
         warn_of_other_worlds(args.q, images, model.tokenizer)
     warn_of_layers(args, c)
     stream = sys.stdout.isatty() and not args.json
-    trees, ran = {}, {}  # what is prefilled, and in which configurations it has run
+    trees, costs = {}, Costs(c, processed, dense_vision)
     for question, text in zip(args.q, texts):
         prefix, own = data.split_shared(text)
         prefix = data.encode(prefix, model.tokenizer, processed)
@@ -134,7 +165,7 @@ def main(argv=None):
         n_text, n_vision = len(prefix.ids) + len(prompt.ids), len(prefix.v_pos)
         sa, allowed = configuration(args, c, n_text, n_vision, dense_vision)
         timings = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
-        key, routes = (tuple(prefix.ids), tuple(prefix.t_pos), sa), []
+        key, routes = ((tuple(prefix.ids), tuple(prefix.t_pos)), sa), []
         if key not in trees:
             capacity = len(prompt.ids) + min(args.max_tokens, 1024)
             trees[key] = model.prefill([prefix], sa, text_capacity=capacity, timings=timings)
@@ -144,51 +175,70 @@ def main(argv=None):
         answer = model.tokenizer.decode(tokens).strip()
         report = {"question": question, "answer": answer, "tokens": tokens, "sa": list(routes[0]),
                   "routed": sa == "auto", "text_tokens": n_text, "vision_tokens": n_vision,
-                  "flops": cost(c, routes[0], prefix, prompt, len(tokens), processed, dense_vision,
-                                ran.setdefault(key, []), sa == "auto"),
+                  "flops": costs.add(key, routes[0], prefix, prompt, len(tokens)),
                   "seconds": {k: round(s, 4) for k, s in timings.items()}}
-        ran[key].append(routes[0])
         if args.json:
             print(json.dumps(report), flush=True)
         else:
             print("" if stream else " ".join(answer.splitlines()), flush=True)
-        print(summary(report), file=sys.stderr)
+        print(summary(c, report, costs.questions), file=sys.stderr)
     if args.explain:
         import explain
         attention = explain.attention_to_images(model, data.join(prefix, prompt), tokens, routes[0])
-        explain.draw(args.explain, images, processed, c, report, attention)
+        explain.draw(args.explain, images, processed, c, report, attention, costs.questions)
         print(f"{args.explain}: where the last answer's attention went", file=sys.stderr)
 
 
-def cost(config, sa, prefix, prompt, answer, images, dense_vision, ran, routed):
-    """FLOPs of one question as it was run, and of dense without packing asked in the same way. Images and shared
-    text count once: ran names the configurations in which they have been run before."""
-    shared, own = len(prefix.ids), len(prompt.ids)
+class Costs:
+    """Operations of a run's questions as they were run, and of dense without packing asked the same. In both, images
+    and shared text count once."""
 
-    def llm(sa, vision, layers):
-        total = llm_flops(config, sa, shared, vision, head=False, layers=layers)
-        total += llm_flops(config, sa, own, 0, shared, vision)
-        return total + answer_flops(config, sa, shared + own, vision, answer)
-    known = max([min(branch_layers([sa, other]), default=config.layers) for other in ran], default=0)  # layers
-    executed = llm(sa, len(prefix.v_pos), range(known, config.layers))
-    executed += router_flops(config, shared + own, len(prefix.v_pos)) if routed else 0
-    dense = llm(range(config.layers), dense_vision, () if ran else range(config.layers))
-    tiles = 0 if ran else sum(x.tiling.tiles for x in images)
-    return {"encoder": tower_flops(config, tiles) + connector_flops(config, tiles), "llm": executed,
-            "llm_dense": dense, "saving": round(dense / executed, 3)}
+    def __init__(self, config, images, dense_vision):
+        self.config, self.dense_vision = config, dense_vision
+        self.tiles = sum(image.tiling.tiles for image in images)
+        self.ran, self.total, self.questions = {}, Counter(), 0  # ran: of each tree the configurations it has run
+
+    def add(self, key, sa, prefix, prompt, answer):
+        """FLOPs of one more question: what was spent on it, and what was saved over all so far.
+
+        key: of its tree (what it shares with other questions, --sa); sa: what ran; answer: its number of tokens.
+        """
+        c, shared, own, vision = self.config, len(prefix.ids), len(prompt.ids), len(prefix.v_pos)
+        everything, ran = range(c.layers), self.ran.setdefault(key, [])
+        known = max([min(branch_layers([sa, other]), default=c.layers) for other in ran], default=0)  # layers
+        tiles = 0 if ran else self.tiles
+        prefill = llm_flops(c, sa, shared, vision, head=False, layers=range(known, c.layers))
+        prefill += llm_flops(c, sa, own, 0, shared, vision)
+        prefill += router_flops(c, shared + own, vision) if key[1] == "auto" else 0
+        encoder = tower_flops(c, tiles) + connector_flops(c, tiles)
+        llm = prefill + answer_flops(c, sa, shared + own, vision, answer)
+
+        new = not any(runs and other[0] == key[0] for other, runs in self.ran.items())  # to dense, which has one tree
+        tiles = self.tiles if new else 0
+        dense = llm_flops(c, everything, shared, self.dense_vision, head=False, layers=everything if new else ())
+        dense += llm_flops(c, everything, own, 0, shared, self.dense_vision)
+        dense_encoder = tower_flops(c, tiles) + connector_flops(c.unpacked(), tiles)
+        dense_llm = dense + answer_flops(c, everything, shared + own, self.dense_vision, answer)
+
+        ran.append(sa)
+        self.questions += 1
+        self.total.update(llm=llm, dense=dense_llm, first=encoder + prefill, dense_first=dense_encoder + dense)
+        return {"encoder": encoder, "llm": llm, "llm_dense": dense_llm,
+                "saving": round(self.total["dense"] / self.total["llm"], 3),
+                "first_token_saving": round(self.total["dense_first"] / self.total["first"], 3)}
 
 
-def summary(report):
-    """Two lines for people: what it cost and what it took."""
-    s, n = report["seconds"], len(report["tokens"])
-    rate = f" ({n / s['decode']:.1f} tokens/s)" if s["decode"] else ""
-    layers, saving = ",".join(map(str, report["sa"])) or "none", report["flops"]["saving"]
-    # A question on another route than those before it runs the images through that route; dense has done so already
-    less = f"{saving:.3g}x less" if saving >= 1 else f"{1 / saving:.3g}x more"
-    return (f"{'routed to' if report['routed'] else 'ran'} --sa {layers}; {report['text_tokens']} text + "
-            f"{report['vision_tokens']:,} visual tokens; language model\n{report['flops']['llm'] / 1e9:,.4g} GFLOP, "
-            f"{less} than dense; encoder {s['encoder']:.2f} s, "
-            f"prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}")
+def summary(config, report, questions):
+    """For people: what a question cost and what it took; `questions`: how many there are so far."""
+    s, n, flops = report["seconds"], len(report["tokens"]), report["flops"]
+    rate = f" ({(n - 1) / s['decode']:.1f} tokens/s)" if n > 1 and s["decode"] else ""  # prefill gave the first
+    saving = flops["saving"]
+    less = f"{saving:.3g}x less than" if saving > 1 else f"{1 / saving:.3g}x more than" if saving < 1 else "as much as"
+    so_far = f" for this question; {less} dense over the {questions} so far" if questions > 1 else f", {less} dense"
+    return textwrap.fill(f"{'routed to' if report['routed'] else 'ran'} --sa {sa_name(config, report['sa'])}; "
+                         f"{report['text_tokens']} text + {counted(report['vision_tokens'], 'visual token')}; "
+                         f"language model {flops['llm'] / 1e9:,.4g} GFLOP{so_far}; encoder {s['encoder']:.2f} s, "
+                         f"prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}", 80)
 
 
 if __name__ == "__main__":

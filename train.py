@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -28,13 +28,14 @@ from torch.utils.checkpoint import checkpoint as run_twice
 from tqdm import tqdm
 
 import router
-from checkpoints import drop_rows_after, newest, restore, save
-from cli import NANO, Parser, checkpoint_path, placement, run
+from checkpoints import SETTINGS, damaged, drop_rows_after, locked, newest, read_state, restore, save
+from cli import NANO, Parser, append_rows, checkpoint_path, free_threads, placement, run
+from config import checked, read_config
 from flops import sa_name
 from llava.batches import ConversationBatches
 from llava.samples import EvalQuestions, Samples
 from model import VLM
-from parallel import Distributed, shard
+from parallel import Distributed, full_tensor, shard
 from toy import world
 from toy.muon import Muon
 from toy.training import RECIPES, ToyBatches, init_weights, matrices_of
@@ -44,7 +45,7 @@ DENSE = NANO / "dense"  # where the miniature starts from
 # On training files, with 128 samples a step (paper 5.1; stage 0 as LLaVA's first stage)
 LEARNING_RATES = {0: 1e-3, 1: 1e-4, 2: 1e-5}
 ROUTER_RECIPE = dict(batch_size=16, steps=1000, lr=3e-3, warmup=20, decay_start=0.5, questions=500, labels="task",
-                     leave_out=(), label_smoothing=0.0, route_threshold=1.0)
+                     leave_out=(), label_smoothing=0.0)
 DEFAULTS = dict(keep=2, workers=0, micro_batch_size=4, max_bad=0.01, sample_every=0, dtype="float32", compile=False,
                 fsdp=False, checkpointing=False, overfit=False)  # of every stage; a resumed run may change them
 
@@ -107,12 +108,13 @@ def set_trainable(model, stage, joined=False):
 def train(model, stage, out, settings, checkpoint=None, samples=None, distributed=None):
     """Runs a stage to its end, from a checkpoint of the same stage if there is one, and leaves checkpoints in out/.
 
-    settings: what RECIPES has, and what main adds. samples: llava's Samples, else the miniature's world. Ctrl-C saves,
-    says so and leaves with status 130."""
+    settings: what RECIPES has, and what main adds. samples: llava's Samples, else the miniature's world. Ctrl-C and
+    SIGTERM save, say so and leave with status 130 or 143. Raises ValueError, and takes no step, where the loss or its
+    gradient is not finite."""
     s, distributed = {**DEFAULTS, **settings}, distributed or Distributed(model.device)
-    first = json.loads((checkpoint / "state.json").read_text())["step"] if checkpoint else 0
+    first = read_state(checkpoint)["step"] if checkpoint else 0
     batches, opts = start(model, stage, out, s, first, checkpoint, samples, distributed)
-    feed, began, mean = batches.batches(first), time.perf_counter(), 0.0
+    feed, began, mean, learned = batches.batches(first), time.perf_counter(), 0.0, False
     main_rank = distributed.rank == 0
     # FSDP has a policy of its own for mixed precision
     mixed = torch.autocast(model.device.type, torch.bfloat16, enabled=s["dtype"] == "bfloat16" and not s["fsdp"])
@@ -124,7 +126,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
         distributed.sum(0)  # no rank leaves before rank 0 has written
         return path
 
-    with open(out / "log.jsonl" if main_rank else os.devnull, "a") as log, interrupts() as asked:
+    with interrupts() as asked:
         for step in bar:
             sa, value = batches.configuration(step), 0.0
             try:
@@ -133,11 +135,16 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
                         loss.backward()
                         value += loss.detach().double()                     # read once a step
             except ValueError:                                              # too many bad samples
-                if step > first:                                            # what was learned is kept
+                if learned:                                                 # what was learned is kept
                     save_step(step)
                 raise
             value = distributed.sum(float(value))[0] / distributed.size
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = float(full_tensor(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+            if not math.isfinite(value + norm):
+                raise ValueError(f"step {step + 1}: the loss is {value:g}, the norm of its gradient {norm:g}; the step "
+                                 f"is not taken. Last saved: {checkpoint or 'nothing'}. Begin again in another --out, "
+                                 "with a lower --lr")
+            learned = learned or value > 0
             factor = lr_factor(step, s["steps"], s["warmup"], s["decay_start"])
             for opt, _, lr in opts.values():
                 opt.param_groups[0]["lr"] = lr * factor
@@ -158,8 +165,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
                     bar.write("{} {} (to learn: {})".format(*short), file=sys.stderr)
                     rows.append({"stage": stage, "step": step + 1, "question": shown[0], "answer": shown[1],
                                  "wanted": shown[2]})
-            log.writelines(json.dumps(row) + "\n" for row in rows)
-            log.flush()
+            append_rows(out / "log.jsonl", rows if main_rank else ())
             done, stop = step + 1 == s["steps"], distributed.sum(len(asked))[0]
             if done or stop or (step + 1) % s["save_every"] == 0:
                 checkpoint = save_step(step + 1)
@@ -168,19 +174,21 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
                 if main_rank:
                     print(f"stopped after step {step + 1} of {s['steps']}, saved as {checkpoint}; add --resume to the "
                           "same command to go on", file=sys.stderr)
-                raise SystemExit(130)
+                raise SystemExit(128 + (asked or [signal.SIGTERM])[0])
     return model.eval()
 
 
 @contextmanager
 def interrupts():
-    """Within, Ctrl-C only adds to the list that it gives: a step is never left half done."""
+    """Within, Ctrl-C and SIGTERM, which schedulers send, only add to the list that it gives: a step is never left half
+    done."""
     asked = []
-    before = signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+    before = {x: signal.signal(x, lambda number, _: asked.append(number)) for x in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start(model, stage, out, s, first, checkpoint, samples, distributed):
@@ -190,9 +198,10 @@ def start(model, stage, out, s, first, checkpoint, samples, distributed):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     if distributed.rank == 0:
-        print(f"stage {stage}: {trained:,} parameters train, {frozen:,} are frozen", file=sys.stderr)
-        for file in ("log.jsonl", "bad.jsonl"):
-            drop_rows_after(out / file, stage, first)
+        print(f"stage {stage}: {trained:,} parameters train, {frozen:,} are frozen; threads: {s['threads']}",
+              file=sys.stderr)
+        drop_rows_after(out / "log.jsonl", stage, first)
+        drop_rows_after(out / "bad.jsonl", stage, first, number=int, sample=str, kind=str, message=str)
     distributed.sum(0)  # the others wait for that
     for block in model.blocks() if s["checkpointing"] else ():
         block.forward = partial(run_twice, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -212,8 +221,7 @@ def start(model, stage, out, s, first, checkpoint, samples, distributed):
 
 def parse(argv=None):
     p = Parser(description="Train: without --stage, the miniature's stages 1 to 3 from nano/dense, then the table.",
-               epilog="The miniature's stage 0 takes about an hour on one core, its others 10 minutes together on two. "
-               "Under torchrun, training files are shared out among the processes.")
+               epilog="The miniature's stage 0 takes two hours on one core, its others 10 minutes together on two.")
     p.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="0 dense pretraining, 1 the new cross-attentions "
                    "alone, 2 everything, universal, 3 the router")
     p.add_argument("--model", metavar="NAME", help="what the (first) stage starts from (default: the newest earlier "
@@ -248,7 +256,7 @@ def parse(argv=None):
     p.add_argument("--sample-every", type=int, metavar="N", help="steps between shown answers (default: 100; 0: never)")
     p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 200)")
     p.add_argument("--keep", type=int, metavar="K", help="checkpoints of a stage to keep (default: 2)")
-    p.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    p.add_argument("--seed", type=int, metavar="N", help="(default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default: "
                    "bfloat16 on CUDA, else float32)")
@@ -256,10 +264,13 @@ def parse(argv=None):
     p.add_argument("--checkpointing", action="store_true", help="keep only the blocks' inputs and run them twice: "
                    "less memory, a third more time")
     p.add_argument("--fsdp", action="store_true", help="under torchrun: share weights and optimiser states out too")
-    p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
-    p.add_argument("--resume", action="store_true", help="go on with what is in --out, in its own settings")
+    p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: as many as there are idle "
+                   "cores at the start, at least one; a resumed run keeps its number)")
+    p.add_argument("--resume", action="store_true", help="go on with what is in --out, in its own settings; says which "
+                   "flags it does not follow")
+    p.add_argument("--skip-stage-1", action="store_true", help="stage 2: start from a dense model all the same")
     toy = p.add_argument_group("the miniature")
-    toy.add_argument("--turns", type=int, default=10, metavar="N", help="questions an image (default: 10)")
+    toy.add_argument("--turns", type=int, metavar="N", help="questions an image (default: 10)")
     toy.add_argument("--questions", type=int, default=250, metavar="N", help="a task, for the table (default: 250)")
     toy.add_argument("--auxiliary-weight", type=float, metavar="X", help="stage 0: weight of the words that visual "
                      "tokens are taught (default: 1)")
@@ -268,14 +279,12 @@ def parse(argv=None):
     toy.add_argument("--largest-first", type=float, metavar="F", help="stage 2: the share of the steps that comes "
                      "first and trains the largest and the smallest configuration alone (default: 0.375)")
     args = p.parse_args(argv)
-    least = dict.fromkeys(("workers", "sample_every", "max_bad", "largest_first"), 0)
-    least |= dict.fromkeys(("steps", "batch_size", "micro_batch_size", "turns", "save_every", "keep", "questions",
-                            "threads", "max_tokens"), 1)
-    for flag, low in least.items():
-        if (value := getattr(args, flag)) is not None and not value >= low:
-            p.error(f"--{flag.replace('_', '-')} {value}: give a number of at least {low}")
-    if args.lr is not None and not args.lr > 0:
-        p.error(f"--lr {args.lr}: give a number above 0")
+    for name in SETTINGS:
+        if (value := getattr(args, name, None)) is not None:
+            try:
+                checked(name, value, f"--{name.replace('_', '-')}", SETTINGS)
+            except ValueError as e:
+                p.error(str(e))
     if args.data == "toy" and (args.fsdp or "WORLD_SIZE" in os.environ):
         p.error("the miniature trains in one process: give a training file with --data, or leave torchrun out")
     if args.fsdp and "WORLD_SIZE" not in os.environ:
@@ -291,19 +300,25 @@ def parse(argv=None):
 
 def first_model(stage, source, args, out):
     """The model that a stage begins with. source: a checkpoint's name, or None."""
-    miniature = args.data == "toy"
+    miniature, seed = args.data == "toy", args.seed or 0
     if stage == 0 and not source and miniature:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed)
         return init_weights(VLM(world.config()))
     source = checkpoint_path(source) if source else newest(out, range(stage))
     if not source and not miniature:
         raise ValueError("nothing to start from: give a checkpoint with --model, or an --out with an earlier stage")
-    model = VLM.from_pretrained(source or (NANO if stage == 3 else DENSE))
+    source = source or (NANO if stage == 3 else DENSE)
+    model = VLM.from_pretrained(source)
+    missing = 1 if not model.config.ca else 2 if model.config.stage == "1" else 3  # the stage that comes next
+    if stage > missing and not (stage == 2 and args.skip_stage_1):
+        raise ValueError(f"{source} has not been through stage {missing}: python train.py --stage {missing} --model "
+                         f"{source} makes what stage {stage} begins with" + ", or give --skip-stage-1" * (stage == 2))
     if stage == 3:
         recipe = RECIPES[3] if miniature else ROUTER_RECIPE
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed)
         # Chance decides many of the oracle's choices: then every configuration has some probability
-        return model.add_router(1.0 if args.labels == "sample" else recipe["route_threshold"])
+        smoothing = 0.0 if args.labels == "sample" else recipe["label_smoothing"]
+        return model.add_router(router.conservative_threshold(smoothing, len(model.config.viable)))
     if stage and not model.config.ca:
         model.add_cross_attention(*((world.CA, world.SA, world.VIABLE) if miniature else ()))
     return model.remove_router()
@@ -311,14 +326,12 @@ def first_model(stage, source, args, out):
 
 def first_settings(stage, args, model, samples):
     """The settings of a stage that begins: its recipe, and what the command line gives."""
-    flags = ("steps", "batch_size", "lr", "auxiliary_weight", "drop_vision_from", "largest_first", "labels",
-             "leave_out", "label_rule", "max_tokens", *DEFAULTS)
-    given = {k: v for k in flags if (v := getattr(args, k)) is not None}
-    cuda = model.device.type == "cuda"
-    common = {**DEFAULTS, "seed": args.seed, "save_every": 200, "dtype": "bfloat16" if cuda and samples else "float32",
-              "joined": stage == 0 and model.config.stage == "pretrained"}
+    given = given_settings(args)
+    dtype = "bfloat16" if model.device.type == "cuda" and samples else "float32"
+    common = {**DEFAULTS, "seed": 0, "save_every": 200, "dtype": dtype,
+              "threads": torch.get_num_threads(), "joined": stage == 0 and model.config.stage == "pretrained"}
     if samples is None:
-        return {**common, **RECIPES[stage], "turns": args.turns, **given}
+        return {**common, **RECIPES[stage], "turns": 10, **given}
     if stage == 3:
         return {**common, **ROUTER_RECIPE, "samples": len(samples), **given}
     size = given.get("batch_size", 128)
@@ -328,59 +341,96 @@ def first_settings(stage, args, model, samples):
             "samples": len(samples), **given}
 
 
+def given_settings(args):
+    """What the command line gives of a run's settings."""
+    names = [name for name in (*SETTINGS, "leave_out") if name not in ("stage", "questions")]
+    return {name: v for name in names if (v := getattr(args, name, None)) is not None and v is not False}
+
+
 def main(argv=None):
     args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.data != "toy" and not Path(args.data).is_file():
+        raise ValueError(f"--data {args.data}: no such file")
     torch.set_flush_denormal(True)  # vanishing gradients of saturated sigmoids would be 100 times slower
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
     distributed = Distributed(placement(args.device, "float32")[0])
     out, stages = Path(args.out), [1, 2, 3] if args.stage is None else [args.stage]
-    if not args.resume and any(newest(out, [stage]) for stage in stages):
+    begun = newest(out, stages)
+    if begun and not args.resume:
         raise ValueError(f"{out} holds a run of this stage already: --resume goes on with it, --out begins another")
-    for stage in stages:
-        model, samples, settings = run_stage(stage, args.model if stage == stages[0] else None, args, out, distributed)
-    if args.data == "toy":
-        print_report(model, args, out)
-    elif distributed.rank == 0:
-        if stages == [3]:  # with the questions that it has learned from
-            eval_set = EvalQuestions(samples, settings["questions"], settings["seed"])
-            results = router.all_results(model, eval_set, model.config.viable)
-            table = router.summarise(model.config, results, *eval_set.reference_prompt())
-            print(table.text() + "\n\n" + table.routes())
-        print(newest(out, stages))
+    if (args.stage == 2 and args.data == "toy" and not (begun or args.skip_stage_1)
+            and not read_config(checkpoint_path(args.model or DENSE)).ca and (args.resume or not newest(out, [1]))):
+        print(f"stage 2 begins with what stage 1 makes, which {out} does not have yet: stage 1 first", file=sys.stderr)
+        stages, begun = [1, 2], newest(out, [1])
+    if args.resume and not begun:
+        if not (out / "log.jsonl").is_file():
+            raise ValueError(f"--resume: {out} holds no run of this stage: mend --out, or leave --resume out")
+        print(f"{out} has no checkpoint of this stage yet: it begins anew", file=sys.stderr)
+    torch.set_num_threads(args.threads or free_threads())
+    with locked(out) if distributed.rank == 0 else nullcontext():
+        for stage in stages:
+            source = args.model if stage == stages[0] else None
+            # A stage that was not asked for has its recipe, whatever is given for the one that was
+            flags = parse(["--seed", str(args.seed or 0)]) if args.stage and stage < args.stage else args
+            model, samples, settings = run_stage(stage, source, flags, out, distributed)
+        if args.data == "toy":
+            print_report(model, args, out)
+        elif distributed.rank == 0:
+            if stages == [3]:  # with the questions that it has learned from
+                eval_set = EvalQuestions(samples, settings["questions"], settings["seed"])
+                results = router.all_results(model, eval_set, model.config.viable)
+                table = router.summarise(model.config, results, *eval_set.reference_prompt())
+                print(table.text() + "\n\n" + table.routes())
+            print(newest(out, stages))
     distributed.close()
 
 
 def run_stage(stage, source, args, out, distributed):
     """Begins a stage or goes on with it, to its end: (model, Samples or None, settings)."""
-    checkpoint = newest(out, [stage])
-    settings = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
+    checkpoint, given = newest(out, [stage]), given_settings(args)
+    settings = read_state(checkpoint) if checkpoint else {}
     model = VLM.from_pretrained(checkpoint) if checkpoint else first_model(stage, source, args, out)
     model.to(distributed.device)
     samples = None
     if args.data != "toy":
-        rule = settings.get("label_rule") or args.label_rule or "assistant"
-        samples = Samples(args.data, args.images, model.tokenizer, model.config, rule,
-                          settings.get("max_tokens") or args.max_tokens, settings.get("seed", args.seed))
+        s = settings or given
+        samples = Samples(args.data, args.images, model.tokenizer, model.config, s.get("label_rule", "assistant"),
+                          s.get("max_tokens"), s.get("seed", 0))
     if not checkpoint:
         settings = first_settings(stage, args, model, samples)
         if stage in (1, 2) and args.viable:
             c = model.config
-            c.viable = c.visor_layers(c.ca, c.sa, [c.configuration(v) for v in args.viable])[2]
-    elif settings.get("samples") != (len(samples) if samples else None):
-        raise ValueError(f"{checkpoint} learned from {settings.get('samples') or 'no'} samples of a file, {args.data} "
-                         f"has {len(samples) if samples else 'none'}: give the same --data, or another --out")
-    given = {k: v for k in (*DEFAULTS, "save_every") if (v := getattr(args, k)) is not None and v is not False}
-    settings |= {**given, "fsdp": args.fsdp}  # a run may go on with other processes
-    if not (checkpoint and settings["step"] == settings["steps"]):
+            c.add_visor(c.ca, c.sa, [c.configuration(v) for v in args.viable])
+    else:
+        go_on_with(settings, checkpoint, stage, args, model, samples)
+    torch.set_num_threads(settings["threads"])
+    if settings.get("step") != settings["steps"]:
         model = train(model, stage, out, settings, checkpoint, samples, distributed)
     return model, samples, settings
 
 
+def go_on_with(settings, checkpoint, stage, args, model, samples):
+    """Makes a checkpoint's settings those of a run that goes on, and says which flags it does not follow. Raises
+    ValueError where it would not be the same run."""
+    if missing := sorted(first_settings(stage, args, model, samples).keys() - settings.keys() - {"max_tokens"}):
+        raise damaged(checkpoint / "state.json", f"{missing[0]} is missing")
+    if settings.get("samples") != (len(samples) if samples else None):
+        raise ValueError(f"{checkpoint} learned from {settings.get('samples') or 'no'} samples of a file, --data "
+                         f"{args.data} has {len(samples) if samples else 'none'}: give the same, or another --out")
+    given = given_settings(args)
+    may_change = (*DEFAULTS, "save_every", "threads")  # a run may also go on with other processes
+    settings |= {**{k: v for k, v in given.items() if k in may_change}, "fsdp": args.fsdp}
+    viable = {model.config.configuration(v) for v in args.viable or ()}
+    passed_over = [f"--{k.replace('_', '-')} {v} (it has {settings.get(k)})" for k, v in given.items()
+                   if settings.get(k) != v] + ["--viable"] * (viable not in (set(), set(model.config.viable)))
+    if passed_over:
+        print(f"--resume goes on with stage {stage} in the run's own settings and does not follow "
+              f"{', '.join(passed_over)}; for others begin in another --out", file=sys.stderr)
+
+
 def print_report(model, args, out):
     """The table of accuracy by configuration and task, on held-out questions, and what the router did."""
-    c, eval_set = model.config, world.eval_set(args.seed, args.questions)
+    c, eval_set = model.config, world.eval_set(args.seed or 0, args.questions)
     everything = [tuple(range(c.layers))]
     results = router.all_results(model, eval_set, c.viable or everything)
     dense = router.all_results(VLM.from_pretrained(DENSE), eval_set, everything) if c.viable else None

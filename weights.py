@@ -3,10 +3,10 @@
 Understood are LLaVA-OneVision as llava-hf and lmms-lab publish it, a SigLIP and a Qwen2 directory, and what
 VLM.save_pretrained writes. Safetensors only, one file or shards with an index; nothing is ever unpickled.
 """
-import json
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cli import atomic
-from config import join_configs, read_config
+from cli import atomic, read_json
+from config import join_configs, read_config, short
 from data import load_tokenizer, vocabulary_size
 
 # Names in files -> our names: the first prefix that fits is replaced; None: left out on purpose. What fits none keeps
@@ -44,6 +44,9 @@ NAMES = (
     ("logit_scale", None),
     ("logit_bias", None),
 )
+EMBEDDING = "language_model.embed_tokens.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")
+MEND = "get the checkpoint's files again"
 UNUSED = re.compile(r"vision_tower\.(post_layernorm|head)\.|vision_tower\.embeddings\.position_ids|.*rotary_emb\.")
 
 
@@ -68,7 +71,7 @@ def find(name):
                          "llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
     from huggingface_hub import snapshot_download  # half a second to import, and only hub ids need it
     try:
-        small = ["config.json", "tokenizer.json", "model.safetensors.index.json"]
+        small = ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"]
         directory = snapshot_download(name, allow_patterns=small)
         return Path(snapshot_download(name, allow_patterns=[f.name for f in weight_files(directory)]))
     except Exception as e:  # the hub's own errors, the network's, and those of a proxy between
@@ -77,14 +80,33 @@ def find(name):
 
 
 def weight_files(directory):
-    """The safetensors files of a checkpoint: those that its index names, else the single one."""
-    index = Path(directory) / "model.safetensors.index.json"
-    if not index.is_file():
-        return [Path(directory) / "model.safetensors"]
-    try:
-        return [Path(directory) / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is broken; download it again") from None
+    """The safetensors files of a checkpoint: the single one, else those that its index names. Raises ValueError."""
+    directory = Path(directory)
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        names = read_json(index, mend=MEND).get("weight_map")
+        names = set(names.values()) if isinstance(names, dict) and all(map(is_name, names.values())) else ()
+        if not names:
+            raise ValueError(f"{index}: weight_map is no object of tensors and file names; {MEND}")
+        return [directory / name for name in sorted(names)]
+    other = sorted(f.name for f in directory.glob("*") if f.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
+    if not other:  # of a hub id, what there is to download
+        return [single]
+    if any(name.startswith("adapter_") for name in other):
+        raise ValueError(f"{directory} holds an adapter ({other[0]}): merge it into its model (peft's "
+                         "merge_and_unload), save that, and give its directory")
+    if any(name.endswith(".safetensors") for name in other):
+        raise ValueError(f"{index} is missing, which says what {short(', '.join(other))} hold: get it from where they "
+                         "came from")
+    raise ValueError(f"{directory} has its weights as {other[0]}, not as safetensors: convert it, for instance by "
+                     "loading it in transformers and save_pretrained")
+
+
+def is_name(x):
+    """Whether x is the name of a file beside, not a path to elsewhere."""
+    return isinstance(x, str) and re.fullmatch(r"[\w.-]+", x) is not None and x.strip(".") != ""
 
 
 def scan(directories, config):
@@ -101,14 +123,30 @@ def scan(directories, config):
     return files, twice
 
 
+@contextmanager
 def open_weights(file):
     """safe_open that reads instead of mapping the file (a map would count as memory), with errors in one line."""
     if not Path(file).is_file():
-        raise ValueError(f"{file} is missing; download it again")
+        raise ValueError(f"{file} is missing; {MEND}")
     try:
-        return safe_open(file, "pt", backend="pread")
+        with safe_open(file, "pt", backend="pread") as f:
+            yield f
     except SafetensorError as e:
-        raise ValueError(f"{file}: truncated, or not a safetensors file ({e}); download it again") from None
+        with open(file, "rb") as f:
+            is_pointer = f.read(7) == b"version"
+        raise ValueError(f"{file}: a pointer of Git LFS instead of the file; run git lfs pull" if is_pointer else
+                         f"{file}: truncated, or not a safetensors file ({short(str(e))}); {MEND}") from None
+
+
+def same_head(files, rows):
+    """Whether the output head in the files is the embedding matrix, in its first `rows` rows."""
+    with open_weights(files["lm_head.weight"][0]) as f, open_weights(files[EMBEDDING][0]) as g:
+        head, embedding = f.get_slice(files["lm_head.weight"][1]), g.get_slice(files[EMBEDDING][1])
+        if min(head.get_shape()[0], embedding.get_shape()[0]) < rows:
+            return False
+        parts = (slice(i, min(i + 8192, rows)) for i in range(0, rows, 8192))  # so that memory holds little of them
+        return head.get_shape()[1:] == embedding.get_shape()[1:] and all(
+            torch.equal(head[part], embedding[part]) for part in parts)
 
 
 def load(kind, name, dtype, device):
@@ -120,13 +158,16 @@ def load(kind, name, dtype, device):
     config = read_config(directories[0]) if len(parts) == 1 else join_configs(*directories)
     tokenizer = load_tokenizer(directories[-1])
     if (tokens := vocabulary_size(tokenizer)) > config.vocab:
-        raise ValueError(f"{directories[-1]}/tokenizer.json has {tokens} tokens, the model only {config.vocab}; "
-                         "get both from the same place")
+        raise ValueError(f"{directories[-1]}/tokenizer.json has token ids up to {tokens - 1}, the model only "
+                         f"{config.vocab} rows; get both from the same place")
     config.vocab = tokens  # rows beyond are padding
     files, unexpected = scan(directories, config)
-    config.tied = config.tied or "lm_head.weight" not in files
-    if config.tied:
-        files.pop("lm_head.weight", None)
+    if "lm_head.weight" not in files:
+        config.tied = True
+    elif config.tied and EMBEDDING in files:  # as transformers: a head in the file that differs is meant
+        config.tied = same_head(files, tokens)
+        if config.tied:
+            del files["lm_head.weight"]
     with torch.device("meta"):
         model = kind(config)
     fresh = check(model, files, unexpected, directories, len(parts) == 2)
@@ -163,7 +204,10 @@ def check(model, files, unexpected, directories, joined):
     for name, (file, key) in files.items():
         with open_weights(file) as f:
             shape, want = tuple(f.get_slice(key).get_shape()), tuple(wanted[name].shape)
-        rows = name in ("language_model.embed_tokens.weight", "lm_head.weight")
+            if (kind := f.get_slice(key).get_dtype()) not in FLOATS:
+                raise ValueError(f"{file}: {key} is {kind}: quantised weights are not supported, only "
+                                 f"{', '.join(FLOATS)}; get the checkpoint that they were made of")
+        rows = name in (EMBEDDING, "lm_head.weight")
         if shape != want and not (rows and shape[1:] == want[1:] and shape[0] > want[0]):
             raise ValueError(f"{file}: {key} has shape {shape}, config.json asks for {want}; get both from the "
                              "same place")
@@ -178,12 +222,18 @@ def write(model, directory, tensors):
         beside.mkdir()
         (beside / "config.json").write_text(model.config.to_json())
         tensors = tensors or {k: v.detach() for k, v in model.named_parameters()}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, beside / "model.safetensors",
-                  metadata={"format": "pt"})
+        write_tensors(tensors, beside / "model.safetensors")
         shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors makes it private
         if model.tokenizer is not None:
-            model.tokenizer.save(str(beside / "tokenizer.json"))
-    (directory / "model.safetensors.index.json").unlink(missing_ok=True)  # or older shards would win at loading
+            (beside / "tokenizer.json").write_text(model.tokenizer.to_str(pretty=True))
+
+
+def write_tensors(tensors, path):
+    """A safetensors file. Raises OSError."""
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as e:
+        raise OSError(str(e)) from None
 
 
 def some(names, n=6):

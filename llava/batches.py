@@ -3,13 +3,14 @@
 train.py goes through `batches` step by step and backward through each of `losses`, as with the batches of the
 miniature and of the router. The model and the processes that train together are given, not imported.
 """
-import json
+from collections import Counter
 from itertools import chain, count, islice, repeat
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 import data
+from cli import append_rows, die_with_parent, read_rows
 from data import SampleError
 from llava.samples import Sample, step_indices
 
@@ -29,11 +30,9 @@ class ConversationBatches:
         self.loss_module, self.sync_context = distributed.wrap(model, settings["fsdp"])
         self.tokens = 0      # text and vision of the last step, all ranks
         self.example = None  # index of a sample of the last step: the first of this rank that has no error
-        self.bad = {}        # index -> row of bad.jsonl, of this stage
-        if (out / "bad.jsonl").exists():
-            with open(out / "bad.jsonl") as file:
-                rows = [json.loads(line) for line in file]
-            self.bad = {row["number"]: row for row in rows if row["stage"] == stage}
+        self.empty = 0       # steps in a row, up to now, from which nothing could be learned
+        rows = [row for _, row in read_rows(out / "bad.jsonl", stage=int, number=int, kind=str)]
+        self.bad = {row["number"]: row for row in rows if row["stage"] == stage}  # index -> row of bad.jsonl
 
     def configuration(self, step):
         """The self-attention layers of a step: a viable configuration, drawn uniformly (paper 4.2.3). Deterministic:
@@ -49,6 +48,7 @@ class ConversationBatches:
         Worker processes read ahead. With the setting overfit every step is step 0.
         """
         s, rank, size = self.settings, self.distributed.rank, self.distributed.size
+        self.most_empty = min(10, s["steps"] - first)
         per_step = len(range(rank, s["batch_size"], size))
         if not per_step:  # more ranks than samples
             yield from repeat([])
@@ -58,7 +58,8 @@ class ConversationBatches:
         if s["workers"]:  # together they hold the samples of the next step ready, but at most about 32
             read_ahead["prefetch_factor"] = 2 + min(per_step, 32) // s["workers"]
         loader = DataLoader(Numbered(self.samples), batch_size=None, sampler=chain.from_iterable(shares),
-                            num_workers=s["workers"], collate_fn=identity, **read_ahead)
+                            num_workers=s["workers"], collate_fn=identity, worker_init_fn=die_with_parent,
+                            **read_ahead)
         items = iter(loader)
         while True:
             yield list(islice(items, per_step))
@@ -67,8 +68,9 @@ class ConversationBatches:
         """Yields the losses of a step's micro-batches, scalar tensors; each has to be taken backward before the next.
 
         Their sum over all ranks, divided by the number of ranks, is the mean over all targets of all ranks. Yields
-        nothing if there are no targets. items: of `batches`. sa: the configuration. Raises ValueError when too many
-        samples have errors.
+        nothing if there is nothing to learn: no targets, or in stage 1, where cross-attentions alone are trained, no
+        image. items: of `batches`. sa: the configuration. Raises ValueError when too many samples have errors, or when
+        nothing could be learned for ten steps, or in the whole run.
         """
         s = self.settings
         good = [(i, x) for i, x in items if not isinstance(x, SampleError)]
@@ -80,16 +82,30 @@ class ConversationBatches:
         micro_batches = [self.collate(samples[i:i + s["micro_batch_size"]])
                          for i in range(0, largest_share, s["micro_batch_size"])]
         targets = sum(int(data.target_mask(labels, batch.t_pos).sum()) for batch, labels in micro_batches)
-        tokens = sum(x.prompt.end for x in samples)
-        targets, self.tokens, errors = map(int, self.distributed.sum(targets, tokens, len(bad)))
+        tokens, images = sum(x.prompt.end for x in samples), sum(len(x.prompt.images) for x in samples)
+        targets, self.tokens, errors, images = map(int, self.distributed.sum(targets, tokens, len(bad), images))
         if errors:  # of any rank: all of them gather
             self.record_errors(bad, step)
-        if not targets:
+        if not targets or self.stage == 1 and not images:
+            self.empty += 1
+            if self.empty == self.most_empty:
+                raise ValueError(self.why_empty(targets))
             return
+        self.empty = 0
         for k, (batch, labels) in enumerate(micro_batches):
             with self.sync_context(k == len(micro_batches) - 1):  # the loop's backward runs in here
                 # Data parallelism averages the gradients of ranks, hence the factor
                 yield self.loss_module(batch, labels, sa) * (self.distributed.size / targets)
+
+    def why_empty(self, targets):
+        """What is wrong with samples from which nothing can be learned, for the error line."""
+        if targets:
+            return (f"nothing to learn in {self.empty} steps: no sample has an image, and stage 1 trains how text "
+                    "looks at images; give a file with images, or go on with --stage 2")
+        kinds = Counter(row["kind"] for row in self.bad.values()).most_common(1)
+        why = f"most are: {kinds[0][0]}; {self.out / 'bad.jsonl'} names them" if kinds else "no answer is in them"
+        return (f"nothing to learn in {self.empty} steps ({why}); look at them with python -m llava --check, or allow "
+                "more with --max-tokens")
 
     def collate(self, samples):
         """(data.Batch, labels (B, Nt) int64, -1 no target) of Samples; of none, one token that is no target.
@@ -114,11 +130,11 @@ class ConversationBatches:
         rows = [row for of_rank in self.distributed.gather(rows) for row in of_rank if row["number"] not in self.bad]
         self.bad |= {row["number"]: row for row in rows}
         if self.distributed.rank == 0:
-            with open(self.out / "bad.jsonl", "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            append_rows(self.out / "bad.jsonl", rows)
         broken = [row for row in self.bad.values() if row["kind"] != "too long"]
         max_bad = self.settings["max_bad"]
-        read = min(max((step + 1) * self.settings["batch_size"], 1000), len(self.samples))
+        read = min(max((step + 1) * self.settings["batch_size"], 1000), len(self.samples),
+                   self.settings["steps"] * self.settings["batch_size"])
         if len(broken) > max_bad * read:
             raise ValueError(f"{len(broken)} of {read:,} samples cannot be used, more than --max-bad {max_bad:g}: "
                              f"mend them, or allow more; {self.out / 'bad.jsonl'} names all, the last is "

@@ -17,6 +17,7 @@ import router
 import train
 from cli import NANO, Parser, run
 from model import VLM
+from router import conservative_threshold
 from toy import world
 from toy.training import RECIPES
 
@@ -33,7 +34,7 @@ def experiment(seed, left_out, args):
     shutil.rmtree(out, ignore_errors=True)
     model = VLM.from_pretrained(NANO).remove_router()
     torch.manual_seed(seed)
-    model.add_router(RECIPES[3]["route_threshold"])
+    model.add_router(conservative_threshold(RECIPES[3]["label_smoothing"], len(model.config.viable)))
     settings = {**RECIPES[3], "seed": seed, "turns": 10, "save_every": 10**9, "leave_out": left_out}
     model = train.train(model, 3, out, settings)
     results = router.all_results(model, world.eval_set(seed, args.questions), model.config.viable)

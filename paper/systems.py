@@ -94,7 +94,7 @@ class Ours:
     """nanoVISOR; the vision tokens of a batch are made once and given to every configuration."""
 
     def __init__(self, config, dtype):
-        config.ca, config.sa, config.viable = config.visor_layers()
+        config.add_visor()
         config.router = True
         self.model, self.dtype = random_module(VLM, config, dtype), dtype
         self.model.tokenizer = SimpleNamespace(token_to_id=lambda token: -1)  # nothing ends an answer

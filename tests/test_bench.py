@@ -20,7 +20,7 @@ def test_rows_are_complete_and_say_what_they_should(result):
     json.dumps(result)
     assert [r["system"] for r in result["rows"]] == 2 * list(bench.SYSTEMS)
     c = tiny.config(layers=24, tile=384, patch=96)
-    c.ca, c.sa, c.viable = c.visor_layers()
+    c.add_visor()
     for r in result["rows"]:
         assert all(r[k] > 0 for k in ("encoder", "prefill", "decode", "total", "tokens_per_second", "matmul_share"))
         assert r["total"] == pytest.approx(r["encoder"] + r["prefill"] + 31 * r["decode"])

@@ -156,18 +156,58 @@ def test_heat_lands_where_the_token_is(where, corner):
     w[where] = 0.7
     maps, = explain.heat(w, [p], c)
     assert sum(part.sum() for part in maps) == pytest.approx(0.7)
-    drawn = np.asarray(explain.montage([image], [maps], 64).convert("L"), dtype=float)
+    drawn = np.asarray(explain.montage([image], [maps], 64)[0].convert("L"), dtype=float)
     quarters = drawn[:64, :64].reshape(2, 32, 2, 32).mean((1, 3))
     assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
     grid = np.zeros(p.tiling.tokens)  # the same in the grid, 8 x 8 tokens and a newline a row
     grid[16 + (1 + 5 * (where > 3)) * 9 + 1 + 5 * (where % 4 > 1)] = 1.0
     maps, = explain.heat(grid, [p], c)
-    drawn = np.asarray(explain.montage([image], [maps], 64).convert("L"), dtype=float)
+    drawn = np.asarray(explain.montage([image], [maps], 64)[0].convert("L"), dtype=float)
     quarters = drawn[:64, :64].reshape(2, 32, 2, 32).mean((1, 3))
     assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
     last = np.zeros(p.tiling.tokens)
     last[16 + 8] = 1.0  # the newline of the grid's first row
     assert all(part.sum() == 0 for part in explain.heat(last, [p], c)[0])
+
+
+def test_the_scale_is_that_of_the_brightest_colour():
+    """All attention in a quarter of the image: there it is four times the mean; the sum does not matter."""
+    c, image = tiny.config(), Image.new("RGB", (64, 64))
+    p = process_image(image, c, single_image=False)
+    w = np.zeros((4, 4))
+    w[:2, :2] = 1
+    for factor in (1, 1e-3, 1e-12):
+        maps, = explain.heat(np.append(w.ravel() * factor, 0), [p], c)
+        page, peak = explain.montage([image], [maps], 64)
+        assert peak == pytest.approx(4, rel=0.2)
+        drawn = np.asarray(page.convert("L"), dtype=float)
+        assert drawn[8:24, 8:24].min() > drawn[40:, 40:].max() + 50
+    page, peak = explain.montage([image], [[w * 0]], 64)
+    assert peak == 0 and len(page.getcolors()) == 1
+
+
+@pytest.mark.parametrize("share, words", [(0, "<0.1%"), (1e-9, "<0.1%"), (0.003, "0.3%"), (0.0996, "10.0%"),
+                                          (0.1, "10%"), (0.5, "50%"), (1, "100%")])
+def test_no_share_reads_as_nothing(share, words):
+    assert explain.percent(share) == words
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("text", ["what?", "café", "где звезда", "在哪里", "أين", "naïve 😀 ½", "\x07 \u200b",
+                                  "\udcff"], ids=ascii)
+def test_no_box_stands_for_a_character(text, installed, monkeypatch):
+    """With the fonts of this machine and with Pillow's own alone."""
+    if not installed:
+        monkeypatch.setattr(explain, "fonts", lambda size: [explain.ImageFont.load_default(size)])
+    font, shown = explain.legible(text, 20)
+    missing = bytes(font.getmask("\U0010ffff"))
+    assert shown and all(bytes(font.getmask(c)) != missing for c in shown)
+    if text.isascii() and text.isprintable():
+        assert shown == text
+    if not installed and text == "café":
+        assert shown == "cafe"
+    for row in explain.wrap(text * 200, 26, 500):
+        assert font.getlength(row) * 26 / 20 < 600
 
 
 @pytest.mark.parametrize("sizes", [[(90, 40)], [(40, 400)], [(30, 60), (60, 30)]], ids=str)

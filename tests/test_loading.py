@@ -1,6 +1,9 @@
 """Every family of checkpoint gives the same model; broken ones give one line."""
+import dataclasses
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -287,28 +290,28 @@ BROKEN = {
     "truncated": (lambda d: os.truncate(min(d.glob("*.safetensors")), 3000), "00001-of-00002.safetensors: truncated"),
     "not safetensors": (lambda d: min(d.glob("*.safetensors")).write_text("hello"), "00001-of-00002.safetensors: tr"),
     "empty file": (lambda d: os.truncate(min(d.glob("*.safetensors")), 0), "00001-of-00002.safetensors: truncated"),
-    "index broken": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "index.json is broken"),
+    "index broken": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "index.json: not valid JSON"),
     "tensor missing": (lambda d: change(d, lambda t: t.pop(next(k for k in t if ".mlp." in k))), "missing: "),
     "tensor unexpected": (lambda d: change(d, lambda t: t.update(extra=torch.ones(2))), "unexpected: extra"),
     "tensor twice": (lambda d: change(d, lambda t: t.update({"model.image_newline": torch.ones(64),
                                                              "image_newline": torch.ones(64)})), "unexpected: "),
     "wrong shape": (lambda d: change(d, lambda t: [t.update({k: v[:1]}) for k, v in list(t.items())[:1]]), "has shape"),
     "other size": (lambda d: set_config(d, text_config={**TEXT, "hidden_size": 32, "head_dim": 16}), "has shape"),
-    "index of another kind": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "index.json is broken"),
-    "config a list": (lambda d: (d / "config.json").write_text("[]"), "config.json is not a JSON object"),
+    "index no object": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "index.json: not a JSON obj"),
+    "config a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: not a JSON object"),
     "config without a part": (lambda d: set_config(d, text_config=None), "config.json: "),
     "no heads": (lambda d: set_config(d, text_config={**TEXT, "num_attention_heads": 0}), "config.json: "),
     "heads as text": (lambda d: set_config(d, text_config={**TEXT, "num_attention_heads": "4"}), "config.json: "),
-    "no patches": (lambda d: set_config(d, vision_config={**VISION, "patch_size": 0}), "config.json: patch 0"),
+    "no patches": (lambda d: set_config(d, vision_config={**VISION, "patch_size": 0}), "vision_config.patch_size 0"),
     "odd heads": (lambda d: set_config(d, vision_config={**VISION, "num_attention_heads": 5}), "does not go with"),
-    "no grids": (lambda d: set_config(d, image_grid_pinpoints=[[1, 1]]), "pinpoints: "),
-    "larger tokenizer": (lambda d: set_config(d, text_config={**TEXT, "vocab_size": 200}), "has 259 tokens"),
+    "no grids": (lambda d: set_config(d, image_grid_pinpoints=[[1, 1]]), "grid_pinpoints (1, 1)"),
+    "larger tokenizer": (lambda d: set_config(d, text_config={**TEXT, "vocab_size": 200}), "has token ids up to 258"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
-    "config not json": (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "config not json": (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
     "unknown family": (lambda d: set_config(d, model_type="bert"), "config.json: model_type 'bert'"),
     "unknown language model": (lambda d: set_config(d, text_config={**TEXT, "model_type": "llama"}), "'llama'"),
     "unknown activation": (lambda d: set_config(d, text_config={**TEXT, "hidden_act": "gelu"}), "hidden_act 'gelu'"),
-    "unknown aspect": (lambda d: set_config(d, vision_aspect_ratio="pad"), "aspect ratio 'pad'"),
+    "unknown aspect": (lambda d: set_config(d, vision_aspect_ratio="pad"), "vision_aspect_ratio 'pad'"),
     "config incomplete": (lambda d: (d / "config.json").write_text('{"model_type": "llava_onevision"}'), "is missing"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer"),
@@ -323,6 +326,183 @@ def test_broken_checkpoints(good, what):
         VLM.from_pretrained(good)
     text = str(error.value)
     assert message in text and str(good) in text and "\n" not in text
+
+
+def reload(family, tmp_path, config_changes=None, tensors=None, **files):
+    """A model loaded from a checkpoint of a family, with settings or files changed."""
+    table, config = FAMILIES[family]
+    text = {**TEXT, **(config_changes or {}).pop("text_config", {})} if family != "lmms-lab" else {}
+    config = {**config, **({"text_config": text} if text else {}), **(config_changes or {})}
+    d = write(tmp_path / "c", rename(tensors or tensors_of(tiny.model(visor=False)), table), config)
+    for name, content in files.items():
+        (d / f"{name}.json").write_text(json.dumps(content))
+    return VLM.from_pretrained(d)
+
+
+@pytest.mark.parametrize("setting", [
+    {"truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}},
+    {"truncation": {"direction": "Left", "max_length": 1, "strategy": "OnlyFirst", "stride": 0}},
+    {"padding": {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+                 "pad_type_id": 0, "pad_token": "!"}},
+    {"padding": {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": 32, "pad_id": 0,
+                 "pad_type_id": 0, "pad_token": "!"}}])
+def test_prompts_are_neither_cut_nor_filled(setting, tmp_path):
+    spec = {**json.loads(tiny.tokenizer().to_str()), **setting}
+    model = reload("llava-hf", tmp_path, tokenizer=spec)
+    for text in ("short", "a question that is longer than all of these settings allow for"):
+        assert len(encode(text, model.tokenizer).ids) == len(text)
+    model.save_pretrained(tmp_path / "ours")  # nor after us
+    assert len(encode("a" * 99, VLM.from_pretrained(tmp_path / "ours").tokenizer).ids) == 99
+
+
+@pytest.mark.parametrize("where", ["generation_config", "config", "text_config", "own"])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("family", ["llava-hf", "lmms-lab"])
+def test_stop_tokens_of_every_file_are_heeded(where, several, family, tmp_path):
+    if where == "text_config" and family == "lmms-lab":
+        where = "config"  # it has no part of that name
+    free = reload(family, tmp_path)
+    prompt = encode("what?", free.tokenizer)
+    monkey, = free.generate([prompt], free.config.configuration("dense"), max_tokens=12)
+    stop = monkey[3]
+    eos = {"eos_token_id": [258, stop] if several else stop}
+    changes = {"config": eos, "text_config": {"text_config": eos}}.get(where, {})
+    files = {"generation_config": eos} if where == "generation_config" else {}
+    model = reload(family, tmp_path, dict(changes), **files)
+    if where == "own":
+        model.config.stop_ids = (stop,)
+        model.save_pretrained(tmp_path / "ours")
+        model = VLM.from_pretrained(tmp_path / "ours")
+    answer, = model.generate([prompt], free.config.configuration("dense"), max_tokens=12)
+    assert answer == monkey[:monkey.index(stop)]
+
+
+@pytest.mark.parametrize("eos", ["2", 2.0, -1, True, [[2]], {"a": 1}, [2, None]])
+def test_stop_tokens_that_are_none_are_named(eos, tmp_path):
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id"):
+        reload("llava-hf", tmp_path, generation_config={"eos_token_id": eos})
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("family", ["llava-hf", "transformers 5", "lmms-lab"])
+def test_a_head_that_differs_is_used_whatever_the_config_says(family, padding, tmp_path):
+    """And one that does not is not kept twice."""
+    tied = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}}
+    tied = tied if family != "lmms-lab" else {"tie_word_embeddings": True}
+    other, same = tiny.model(visor=False), tiny.model(visor=False)
+    with torch.no_grad():
+        same.lm_head.weight.copy_(same.language_model.embed_tokens.weight)
+    model = reload(family, tmp_path, dict(tied), tensors_of(other, padding=padding))
+    assert not model.config.tied and answers_alike(model, other)
+    tensors = tensors_of(same)
+    tensors = {k: torch.cat([v, torch.randn(padding, 64)]) if k.endswith(("embed_tokens.weight", "lm_head.weight"))
+               else v for k, v in tensors.items()}
+    model = reload(family, tmp_path, dict(tied), tensors)
+    assert model.config.tied and model.lm_head is None and answers_alike(model, same)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_only_floating_point_weights_are_loaded(dtype, tmp_path):
+    tensors = tensors_of(tiny.model(visor=False))
+    name = "language_model.layers.3.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match="up_proj.weight is .*: quantised"):
+        reload("llava-hf", tmp_path, tensors={**tensors, name: tensors[name].to(dtype)})
+
+
+@pytest.mark.parametrize("family, changes, message", [
+    ("llava-hf", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
+    ("llava-hf", {"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "quantization_config"),
+    ("lmms-lab", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("lmms-lab", {"mm_resampler_type": "perceiver"}, "mm_resampler_type 'perceiver'"),
+    ("lmms-lab", {"mm_use_im_start_end": True}, "mm_use_im_start_end True"),
+    ("lmms-lab", {"mm_vision_select_layer": -1}, "mm_vision_select_layer -1"),
+    ("lmms-lab", {"mm_patch_merge_type": None}, "mm_patch_merge_type 'flat'"),
+    ("lmms-lab", {"image_aspect_ratio": None}, "image_aspect_ratio 'square'"),
+    ("lmms-lab", {"image_grid_pinpoints": [[33, 32]]}, "multiples of the tile's 32 pixels"),
+    ("lmms-lab", {"image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints '(1x1)"),
+    ("llava-hf", {"image_grid_pinpoints": [[32, 32], [40, 32]]}, "multiples of the tile's 32 pixels"),
+    ("llava-hf", {"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy 'default'"),
+    ("llava-hf", {"vision_feature_layer": [-1, -2]}, "vision_feature_layer"),
+    ("llava-hf", {"text_config": {"rope_scaling": {"type": "yarn", "factor": 4}}}, "rope_parameters.type 'yarn'"),
+    ("llava-hf", {"text_config": {"rope_parameters": {"rope_type": "linear"}}}, "rope_parameters.rope_type 'linear'"),
+    ("llava-hf", {"text_config": {"rope_theta": math.nan}}, "text_config.rope_theta nan"),
+    ("llava-hf", {"text_config": {"rms_norm_eps": -1e-6}}, "text_config.rms_norm_eps -1e-06"),
+    ("llava-hf", {"text_config": {"num_hidden_layers": 10**6}}, "text_config.num_hidden_layers 1000000"),
+    ("llava-hf", {"text_config": {"tie_word_embeddings": "no"}}, "tie_word_embeddings 'no'"),
+    ("llava-hf", {"text_config": {"hidden_size": True}}, "text_config.hidden_size True")])
+def test_settings_are_done_or_refused_by_name(family, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=f"config.json: .*{re.escape(message)}"):
+        reload(family, tmp_path, changes)
+
+
+@pytest.mark.parametrize("rope, theta", [
+    ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 1e6}, 1e6),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+    ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, 5e5), ({"rope_parameters": None}, 1e4),
+    ({"rope_scaling": {"type": "default"}, "rope_theta": 3e4}, 3e4), ({"rope_theta": None}, 1e4)])
+def test_where_theta_stands(rope, theta, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**HF, "text_config": {**TEXT, **rope}}))
+    assert settings.read_config(tmp_path).rope_theta == theta
+
+
+@pytest.mark.parametrize("field, value", [
+    ("rope_theta", "1"), ("rope_theta", math.inf), ("rms_eps", 0), ("vision_eps", math.nan), ("max_tiles", 2.5),
+    ("tied", 1), ("tied", "true"), ("route_threshold", "0.02"), ("route_threshold", 1.5), ("ca", [0.5]), ("ca", 3),
+    ("sa", [4, 4]), ("sa", [4, 1]), ("sa", [[1]]), ("viable", [1]), ("viable", [[1], [1]]), ("viable", "ab"),
+    ("pinpoints", [[2.5, 2]]), ("pinpoints", [[2]]), ("pinpoints", []), ("pinpoints", [[64, 64]]),
+    ("layers", 1_000_000), ("layers", True), ("hidden", 64.0), ("head_dim", 15), ("vocab", 10**12), ("pack", 0.5),
+    ("pack", math.inf), ("unpad", "HF"), ("stage", 2), ("world", None), ("step", -1), ("stop_ids", [-1])])
+def test_every_setting_of_ours_has_its_limits(field, value, tmp_path):
+    tiny.model().save_pretrained(tmp_path / "c")
+    set_config(tmp_path / "c", **{field: value})
+    with pytest.raises(ValueError, match=f"config.json: .*{field}"):
+        settings.read_config(tmp_path / "c")
+
+
+def test_no_setting_is_without_a_limit():
+    of_lists = {"pinpoints", "ca", "sa", "viable", "stop_ids"}
+    assert {f.name for f in dataclasses.fields(settings.Config)} == set(settings.LIMITS) | of_lists
+
+
+def test_the_single_file_comes_before_the_shards(good):
+    """As in transformers; a training tool may have left older shards and their index beside it."""
+    new = tiny.model(seed=1, visor=False)
+    save_file(rename(tensors_of(new), FAMILIES["llava-hf"][0]), good / "model.safetensors")
+    assert answers_alike(VLM.from_pretrained(good), new)
+
+
+@pytest.mark.parametrize("files, message", [
+    (["pytorch_model.bin"], "pytorch_model.bin, not as safetensors: convert"), (["consolidated.pth"], "convert"),
+    (["model-q4.gguf"], "convert"), (["adapter_model.safetensors"], "adapter"), (["adapter_model.bin"], "adapter"),
+    (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "index.json is missing"),
+    ([], "model.safetensors is missing")])
+def test_other_kinds_of_weights_are_told_apart(files, message, good):
+    for old in good.glob("model*"):
+        old.unlink()
+    for name in files:
+        (good / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=message):
+        VLM.from_pretrained(good)
+
+
+def test_a_pointer_of_git_lfs_is_said_to_be_one(good):
+    min(good.glob("*.safetensors")).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        VLM.from_pretrained(good)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "..", "", 5, None, "a/b.safetensors"])
+def test_an_index_names_files_beside_it(name, good):
+    (good / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="index.json: weight_map"):
+        VLM.from_pretrained(good)
+
+
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", "utf-16"])
+def test_a_byte_order_mark_is_no_mistake(mark, good):
+    text = (good / "config.json").read_text()
+    (good / "config.json").write_bytes(text.encode(mark) if isinstance(mark, str) else mark + text.encode())
+    VLM.from_pretrained(good)
 
 
 def test_a_damaged_cross_attention_is_not_replaced(tmp_path):
@@ -360,7 +540,7 @@ def test_default_layers_are_the_papers():
     text = ("[1,4], [1,7], [1,4,7], [1,4,16], [1,7,16], [1,10,16], [1,4,7,16], [1,4,7,22], [1,4,10,16], [1,4,7,10,16], "
             "[1,4,7,16,22], [1,4,7,10,16,22], [1,4,7,10,16,19,22]")
     assert c.viable == tuple(tuple(x) for x in json.loads(f"[{text}]"))
-    assert tiny.model(layers=9).config.viable == ((), (1,), (1, 4), (1, 4, 7))
+    assert tiny.model(layers=9).config.viable == ((1,), (1, 4), (1, 4, 7))
 
 
 def test_unknown_names(tmp_path):

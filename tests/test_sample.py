@@ -3,15 +3,17 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import explain
 import sample
 from data import chatml, encode, place_images, process_image, split_shared
-from flops import llm_flops, router_flops
+from flops import connector_flops, llm_flops, router_flops, tower_flops
 from model import VLM, sample_token
 from tests import tiny
 
@@ -63,7 +65,8 @@ def test_json_is_complete_and_true(place, capsys):
         assert row["answer"] == model.tokenizer.decode(row["tokens"]).strip()
         assert (row["sa"], row["routed"], row["text_tokens"]) == ([1, 4], False, len(prompt.ids))
         assert row["vision_tokens"] == 2 * (16 + 1)
-        assert set(row["flops"]) == {"encoder", "llm", "llm_dense", "saving"} and row["flops"]["saving"] > 1
+        assert set(row["flops"]) == {"encoder", "llm", "llm_dense", "saving", "first_token_saving"}
+        assert row["flops"]["saving"] > 1
         steps = sum(llm_flops(model.config, (1, 4), 1, 0, len(prompt.ids) + i, 34) for i in range(5))
         shared = encode(split_shared(chatml([place_images(question, 2)]))[0], model.tokenizer, processed)
         own = len(prompt.ids) - len(shared.ids)
@@ -81,10 +84,42 @@ def test_second_question_does_not_pay_for_the_image(place, capsys):
     assert second["flops"]["llm"] < first["flops"]["llm"]
 
 
+@pytest.mark.parametrize("pack", [1, 2])
+@pytest.mark.parametrize("sa", ["none", "1,4", "dense"])
+def test_what_is_saved_is_over_all_questions_so_far(place, capsys, sa, pack):
+    """Against dense, asked the same: of both the images once; worked out prompt by prompt, from whole prompts."""
+    words = ["--model", place / "model", "--image", place / "a.png", "--sa", sa, "--json", "--max-tokens", 3, "--pack",
+             pack, "--q", "a", "--q", "bcdefg", "--q", "h"]
+    rows = [json.loads(line) for line in call(capsys, *words)[1].splitlines()]
+    plain = tiny.model().config
+    packed = replace(plain, pack=float(pack))
+    sa, tiles = plain.configuration(sa), process_image(Image.open(place / "a.png"), plain).tiling.tiles
+    system = len(encode(split_shared(chatml(["<image>\na"]))[0].replace("<image>", ""), tiny.tokenizer()).ids)
+
+    def cost(c, sa, vision, row, first):
+        """(to the first token, of the language model): that of the whole prompt, less what was there before."""
+        n = row["text_tokens"]
+        prefill = llm_flops(c, sa, system, vision, head=False) * first + llm_flops(c, sa, n - system, 0, system, vision)
+        rest = sum(llm_flops(c, sa, 1, 0, n + i, vision) for i in range(len(row["tokens"]) - 1))
+        return prefill + (tower_flops(c, tiles) + connector_flops(c, tiles)) * first, prefill + rest
+    dense_vision = process_image(Image.open(place / "a.png"), plain).tiling.tokens
+    spent = [cost(packed, sa, row["vision_tokens"], row, i == 0) for i, row in enumerate(rows)]
+    dense = [cost(plain, range(6), dense_vision, row, i == 0) for i, row in enumerate(rows)]
+    for i, row in enumerate(rows):
+        assert (row["flops"]["llm"], row["flops"]["llm_dense"]) == (spent[i][1], dense[i][1])
+        for k, name in enumerate(("first_token_saving", "saving")):
+            want = sum(x[k] for x in dense[:i + 1]) / sum(x[k] for x in spent[:i + 1])
+            assert row["flops"][name] == round(want, 3)
+    assert (rows[0]["flops"]["saving"] == 1) == (len(sa) == 6 and pack == 1)
+
+
 def test_no_image_and_dense_default(place, capsys):
     status, out, err = call(capsys, "--model", place / "dense", "--q", "hi", "--json", "--max-tokens", 3)
     row = json.loads(out)
-    assert status == 0 and row["vision_tokens"] == 0 and row["sa"] == list(range(6)) and row["flops"]["saving"] == 1
+    assert status == 0 and row["vision_tokens"] == 0 and row["sa"] == list(range(6))
+    assert row["flops"]["saving"] == row["flops"]["first_token_saving"] == 1
+    assert "no --image: the model answers from the text alone" in err and "as much as dense" in err.replace("\n", " ")
+    assert "no --image" not in call(capsys, "--model", place / "dense", "--image", place / "a.png", "--q", "hi")[2]
 
 
 def test_auto_without_a_router_runs_the_full_configuration_and_says_so(place, capsys):
@@ -117,7 +152,11 @@ def test_auto_asks_the_router_for_each_question(place, capsys):
             model.config, sa, shared, vision, head=False, layers=range(start, 12)) + llm_flops(
             model.config, sa, text - shared, 0, shared, vision)
         ran.append(sa)
-    assert len(set(ran)) >= 2
+        so_far = [x["flops"] for x in rows[:len(ran)]]
+        assert row["flops"]["saving"] == round(sum(x["llm_dense"] for x in so_far) / sum(x["llm"] for x in so_far), 3)
+    assert len(set(ran)) >= 2 and min(row["flops"]["saving"] for row in rows) > 1
+    assert any(row["flops"]["llm"] > row["flops"]["llm_dense"] for row in rows)  # on a route of its own
+    assert f"dense over the {len(rows)} so far" in err.replace("\n", " ") and "more than dense" not in err
     first = rows[ran.index(max(ran, key=len))]
     share = llm_flops(model.config, (1,), first["text_tokens"], vision) / llm_flops(
         model.config, range(12), first["text_tokens"], vision)
@@ -173,6 +212,65 @@ def test_answers_with_line_breaks_stay_on_one_line(place, capsys, monkeypatch):
 def test_untrained_configurations_are_announced(place, capsys):
     assert "no configuration that this checkpoint is trained for" in call(
         capsys, "--model", place / "dense", "--q", "hi", "--sa", "none")[2]
+
+
+@pytest.mark.parametrize("stage, visor, viable, warned", [
+    ("2", True, None, True), ("3", True, None, True), ("1", True, None, False), ("pretrained", False, None, False),
+    ("2", False, None, False), ("2", True, [(1, 4), tuple(range(6))], False)], ids=str)
+def test_dense_is_a_configuration_as_any_other_once_all_is_trained(tmp_path, capsys, stage, visor, viable, warned):
+    m = tiny.model(visor=False)
+    if visor:
+        m.add_cross_attention(sa=tuple(range(6)) if viable else None, ca=(2, 5), viable=viable)
+    m.config.stage = stage
+    m.save_pretrained(tmp_path / "m")
+    err = call(capsys, "--model", tmp_path / "m", "--q", "hi", "--sa", "dense", "--max-tokens", 1)[2]
+    assert ("--sa dense is no configuration that this checkpoint is trained for" in err) == warned
+
+
+def test_the_miniature_says_what_it_cannot_see(place, capsys):
+    quilt, q = ROOT / "assets/copy.png", ["--q", "what is at red:b2", "--max-tokens", 1]
+    assert "; --model nano/dense is" in call(capsys, "--image", quilt, "--sa", "dense", *q)[2]
+    one, two = (call(capsys, "--image", *[quilt] * n, *q)[2] for n in (1, 2))
+    assert "each is one tile" in two and "each is one tile" not in one and "only quilts" not in one + two
+
+
+def test_images_in_one_flag_or_several():
+    files = lambda *words: sample.parse([*words, "--q", "hi"]).image
+    assert files("--image", "a", "b", "--image", "c") == files("--image", "a", "--image", "b", "c") == ["a", "b", "c"]
+    assert files() == []  # nothing is left of the calls before
+
+
+def test_transparency_as_the_checkpoint_has_it(tmp_path, capsys, monkeypatch):
+    """What the model reads and what --explain draws are the same picture."""
+    image = Image.merge("RGBA", [tiny.image(60, 40, i).getchannel(0) for i in range(4)])
+    image.save(tmp_path / "a.png")
+    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    white.save(tmp_path / "white.png"), image.convert("RGB").save(tmp_path / "drop.png")
+    answers, drawn, seen = {}, {}, []
+    monkeypatch.setattr(explain, "draw", lambda path, images, processed, config, report, *_: seen.append(
+        (report["tokens"], *images)))
+    for how in ("white", "drop"):
+        m = tiny.model(transparency=how)
+        m.save_pretrained(tmp_path / how)
+        for name in ("a.png", "white.png", "drop.png"):
+            call(capsys, "--model", tmp_path / how, "--image", tmp_path / name, "--q", "hi", "--max-tokens", 8,
+                 "--explain", "e.png")
+            answers[how, name], drawn[how, name] = seen.pop()
+        assert answers[how, "a.png"] == answers[how, f"{how}.png"] and drawn[how, "a.png"] == drawn[how, f"{how}.png"]
+    assert answers["white", "a.png"] != answers["drop", "a.png"]
+    assert drawn["white", "a.png"] == white and drawn["drop", "a.png"] == image.convert("RGB")
+
+
+@pytest.mark.parametrize("n, rate", [(0, None), (1, None), (2, "0.5 tokens/s"), (11, "5.0 tokens/s")])
+def test_the_first_token_is_prefills(n, rate):
+    report = {"seconds": {"encoder": 0, "prefill": 1, "decode": 2.0}, "tokens": [1] * n, "sa": [1], "routed": True,
+              "text_tokens": 5, "vision_tokens": 1, "flops": {"llm": 1e9, "saving": 2.0}}
+    text = sample.summary(tiny.config(), report, 1)
+    assert "tokens/s" not in text if rate is None else rate in text
+    assert max(map(len, text.splitlines())) <= 80 and "1 visual token;" in text and "2x less than\ndense;" in text
+    assert "0.5" not in text or n == 2
+    report["flops"]["saving"] = 0.5
+    assert "2x more than dense over the 3 so far" in sample.summary(tiny.config(), report, 3).replace("\n", " ")
 
 
 def test_budget_message_names_a_budget_that_works(place, capsys):
@@ -257,7 +355,9 @@ def test_broken_images(place, tmp_path, capsys, name):
 
 
 WORDS = {
-    "--q ''": (["--q", ""], "the question is empty"),
+    "--q ''": (["--q", ""], "--q '': the question is empty"),
+    "--q ' '": (["--q", "\n "], "--q '': the question is empty"),
+    "--q without a question": (["--q", "<image>"], "--q '<image>': the question is empty"),
     "no --q": (["--image", "x.png"], "--q"),
     "--sa beyond": (["--q", "hi", "--sa", "1,6"], "--sa 1,6: there is no layer 6; this model has layers 0 to 5"),
     "--sa words": (["--q", "hi", "--sa", "all"], "--sa all: give"),
@@ -266,7 +366,16 @@ WORDS = {
     "--seed": (["--q", "hi", "--seed", "9" * 30], "--seed"),
     "--device meta": (["--q", "hi", "--device", "meta"], "--device meta"),
     "--q with a film": (["--q", "what is in <video>?"], "<video>"),
-    "--q of bytes": (["--q", "\udcff"], "not valid UTF-8"),
+    "--q of bytes": (["--q", "\udcff"], "--q '\\udcff': the question is not valid UTF-8"),
+    "--image of bytes": (["--q", "hi", "--image", "\udcff.png"], "no such image"),
+    "--seed -1": (["--q", "hi", "--seed", "-1"], "--seed -1: give a number from 0"),
+    "--budget nan": (["--q", "hi", "--budget", "nan"], "--budget nan: give a number above 0"),
+    "--budget inf": (["--q", "hi", "--budget", "inf"], "--budget inf: give a number above 0"),
+    "--temperature nan": (["--q", "hi", "--temperature", "nan"], "--temperature nan: give a number 0 or more"),
+    "--temperature inf": (["--q", "hi", "--temperature", "inf"], "--temperature inf: give a number 0 or more"),
+    "--top-p nan": (["--q", "hi", "--top-p", "nan"], "--top-p nan: give a number above 0"),
+    "--pack inf": (["--q", "hi", "--pack", "inf"], "--pack inf: give a number 1 or more"),
+    "--pack nan": (["--q", "hi", "--pack", "nan"], "--pack nan: give a number 1 or more"),
     "--explain elsewhere": (["--q", "hi", "--explain", "no/such/e.png"], "--explain"),
     "--explain of another kind": (["--q", "hi", "--explain", "e.txt"], "--explain"),
     "--budget 0": (["--q", "hi", "--budget", "0"], "--budget"),
@@ -276,7 +385,7 @@ WORDS = {
     "--temperature -1": (["--q", "hi", "--temperature", "-1"], "--temperature"),
     "--device": (["--q", "hi", "--device", "warp"], "--device warp"),
     "--nonsense": (["--q", "hi", "--nonsense"], "--nonsense"),
-    "too many <image>": (["--q", "<image> hi"], "0 images"),
+    "too many <image>": (["--q", "<image> hi"], "--q '<image> hi': the question has 1 <image> but 0 images"),
     "no model": (["--q", "hi", "--model", "no-such-thing"], "no-such-thing: no such directory")}
 
 
@@ -287,6 +396,39 @@ def test_bad_words(place, capsys, what):
     status, out, err = call(capsys, *model, *words)
     last = err.splitlines()[-1]
     assert status == 2 and out == "" and last.startswith("error: ") and message in last
+
+
+def test_a_terminal_that_lacks_characters_loses_no_answer(place, monkeypatch):
+    """What ASCII cannot say is written as an escape; a stream that is closed takes nothing and hurts nothing."""
+    monkeypatch.setattr(VLM, "answer", lambda self, *_, routes, **__: (
+        routes.append((1, 4)), self.tokenizer.encode("café 中").ids)[1])
+    words = ["--model", str(place / "model"), "--q", "hi"]
+    for encoding, want in (("ascii", b"caf\\xe9 \\u4e2d\n"), ("utf-8", "café 中\n".encode()), (
+            "latin-1", b"caf\xe9 \\u4e2d\n")):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="strict"))
+        sample.run(lambda: sample.main(words))
+        assert raw.getvalue() == want
+    for closed in (["stdout"], ["stderr"], ["stdout", "stderr"]):
+        for name in closed:
+            monkeypatch.setattr(sys, name, None)
+        sample.run(lambda: sample.main(words))
+
+
+@pytest.mark.parametrize("module", ["pathlib", "data", "cli", "numpy", "flops"])
+def test_stopped_while_it_imports(module):
+    code = f"""import runpy, sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+for name in {module!r}, "data", "cli":
+    sys.modules.pop(name, None)
+sys.meta_path.insert(0, Stop())
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path("sample.py", run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
 def test_one_pixel_is_an_image(place, tmp_path, capsys):

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parent.parent
 ORDER = """cli config data flops
            toy.font toy.world toy.muon toy.training toy.__main__ toy
            llava.index llava.mixtures llava.samples llava.batches llava.__main__ llava
-           report explain parallel checkpoints
+           report explain parallel
            layers encoders.siglip encoders reduction cache_tree weights model
-           router train sample
+           checkpoints router train sample
            paper.numbers paper.systems paper.ablate paper.bench paper.miniature paper.routing paper""".split()
 NO_TORCH = "config data flops cli toy.world llava.samples".split()  # so that flops.py and every --help answer at once
 
@@ -82,8 +82,9 @@ def test_what_stands_apart():
             assert imports(name) <= low | {x for x in FILES if x.startswith(folder + ".")}, name
         elif folder != "paper":
             assert not any(x.startswith("paper") for x in imports(name)), name
-    for name in ("cli", "config", "reduction", "parallel"):
+    for name in ("cli", "reduction", "parallel"):
         assert not imports(name), name
+    assert imports("config") == {"cli"}
     assert {name for name in FILES if "parallel" in imports(name)} == {"checkpoints", "train", "paper.bench"}
 
 

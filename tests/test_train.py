@@ -96,14 +96,14 @@ def test_stage_1_moves_the_cross_attentions_alone(dense, tmp_path):
 
 
 def test_stage_2_moves_everything(dense, tmp_path):
-    assert call("--stage", 2, "--model", dense, "--steps", 12, "--out", tmp_path) == 0
+    assert call("--stage", 2, "--skip-stage-1", "--model", dense, "--steps", 12, "--out", tmp_path) == 0
     before, after = weights(dense), weights(train.newest(tmp_path, [2]))
     assert all(not torch.equal(before[n], after[n]) for n in before)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(stage, dense, tmp_path, monkeypatch, capsys):
-    words = ["--stage", stage, "--steps", 20, "--seed", 3] + (["--model", dense] if stage else [])
+    words = ["--stage", stage, "--steps", 20, "--seed", 3] + (["--model", dense, "--skip-stage-1"] if stage else [])
     assert call(*words, "--out", tmp_path / "whole") == 0
 
     real, count = VLM.answer_loss, []

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from cli import Parser, atomic, run
+from cli import Parser, atomic, counted, run
 from data import IMAGE
 from toy import world
 
@@ -79,11 +79,11 @@ def main(argv=None):
     if args.show:
         n = args.n or 3
         show(args.show, args.seed, n)
-        print(f"{args.show}: {n} quilts of each kind", file=sys.stderr)
+        print(f"{args.show}: {counted(n, 'quilt')} of each kind", file=sys.stderr)
     if args.write:
         n = args.n or 1000
         write(args.write, args.seed, n)
-        print(f"{args.write}/quilts.json: {n} conversations", file=sys.stderr)
+        print(f"{args.write}/quilts.json: {counted(n, 'conversation')}", file=sys.stderr)
 
 
 if __name__ == "__main__":
