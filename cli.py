@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -105,7 +106,8 @@ def writing(path):
     except OSError as e:
         if e.filename not in (None, str(path)) and not str(e.filename).startswith(f"{path}."):
             raise  # about another file
-        raise ValueError(f"{path}: cannot be written ({(e.strerror or str(e)).lower()}); make room or name another "
+        name = re.sub(r"(\.\d+\.writing)+$", "", str(path))  # what it is to become
+        raise ValueError(f"{name}: cannot be written ({(e.strerror or str(e)).lower()}); make room or name another "
                          "place") from None
 
 
@@ -187,7 +189,7 @@ def placement(device, dtype):
     if dtype == "auto":
         bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if bf16 else "float32"  # never float16: Qwen2's activations pass 65,504
-        print(f"{dtype} on {device}: {'as fast as it is safe' if bf16 else 'no bfloat16 here'}", file=sys.stderr)
+        print(f"{dtype} on {device}{'' if bf16 else ' (bfloat16 is for CUDA devices that have it)'}", file=sys.stderr)
     return device, getattr(torch, dtype)
 
 

@@ -131,8 +131,6 @@ class Config:
         own = range(self.layers)
         self.ca, self.sa = (numbers(f"{x}: layer", getattr(self, x), own, ascending=True) for x in ("ca", "sa"))
         self.viable = tuple(numbers("viable: layer", v, own, ascending=True) for v in entries("viable", self.viable))
-        if both := sorted({*self.ca} & {*self.sa}):
-            raise ValueError(f"ca and sa share layer {both[0]}: a layer has a cross-attention or is a candidate")
         for v in self.viable:
             if not set(v) <= set(self.sa):
                 raise ValueError(f"viable configuration {v} has layers that are not among the candidates sa {self.sa}")

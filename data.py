@@ -7,6 +7,7 @@ line that differs. Training files are read in llava/ (`python -m llava --check F
 import io
 import json
 import math
+import os
 import re
 import warnings
 import zlib
@@ -104,7 +105,7 @@ def load_image(path):
 
     Metadata never decides: a file that opens only without its comments and profiles is read without them.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise SampleError("missing image", f"{path}: no such image; check the path")
     try:
         with warnings.catch_warnings():

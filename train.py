@@ -154,7 +154,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
             if step % 10 == 9:
                 layers = "" if sa is None else f", layers {sa_name(model.config, sa)}"
                 bar.set_postfix_str(f"loss {mean:.3f}{layers}")
-            rows = [{"stage": stage, "step": step + 1, "loss": value, "sa": sa, "tokens": batches.tokens,
+            rows = [{"stage": stage, "step": step + 1, "loss": value or None, "sa": sa, "tokens": batches.tokens,
                      "lr": {kind: lr * factor for kind, (_, _, lr) in opts.items()},
                      "seconds": round(time.perf_counter() - began, 2)}]
             if s["sample_every"] and (step + 1) % s["sample_every"] == 0:
@@ -180,8 +180,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
 
 @contextmanager
 def interrupts():
-    """Within, Ctrl-C and SIGTERM, which schedulers send, only add to the list that it gives: a step is never left half
-    done."""
+    """Within, Ctrl-C and SIGTERM (of a scheduler) only add to the list that it gives: no step is left half done."""
     asked = []
     before = {x: signal.signal(x, lambda number, _: asked.append(number)) for x in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -200,6 +199,7 @@ def start(model, stage, out, s, first, checkpoint, samples, distributed):
     if distributed.rank == 0:
         print(f"stage {stage}: {trained:,} parameters train, {frozen:,} are frozen; threads: {s['threads']}",
               file=sys.stderr)
+        (out / "log.jsonl").touch()
         drop_rows_after(out / "log.jsonl", stage, first)
         drop_rows_after(out / "bad.jsonl", stage, first, number=int, sample=str, kind=str, message=str)
     distributed.sum(0)  # the others wait for that

@@ -1,5 +1,6 @@
 """Looks at training data before it is trained on: `--show` prints one sample, `--check` reads them all."""
 import os
+import sys
 from collections import Counter
 from itertools import pairwise
 from textwrap import wrap
@@ -13,7 +14,8 @@ from config import read_config
 from data import SampleError
 from llava.samples import KINDS, Samples
 
-GREEN, RED, PLAIN = "\033[32m", "\033[31m", "\033[0m"
+TARGET, OTHER = ("[[", "]]"), ("", "")  # what stands around the tokens of --show
+GREEN, RED = ("\033[32m", "\033[0m"), ("\033[31m", "\033[0m")  # on a terminal
 
 
 class TokenCounts:
@@ -33,7 +35,8 @@ class TokenCounts:
 
 
 def check(samples, workers):
-    """Reads every sample once. Returns a table as text: how many have which error, and where the first of each is."""
+    """Reads every sample once. Returns (a table as text: how many have which error, and where the first of each is; the
+    number of those that have one)."""
     from torch.utils.data import DataLoader  # here, so that --help needs no torch
     loader = DataLoader(TokenCounts(samples), batch_size=16, num_workers=workers, collate_fn=list)
     results = [x for batch in tqdm(loader, desc="check", unit_scale=16, ncols=80) for x in batch]
@@ -51,15 +54,16 @@ def check(samples, workers):
             i, error = next((i, error) for i, error in errors if error.kind == kind)
             lines.append(f"{counts[kind]:9,}  {kind}, for instance")
             lines += wrap(f"{samples.where(i)}: {error}", 79, initial_indent=" " * 11, subsequent_indent=" " * 11)
-    return "\n".join(lines)
+    return "\n".join(lines), len(errors)
 
 
-def show(samples, i):
-    """Sample i as the model gets it, as text: targets green, other tokens red, images where they stand.
-
-    Raises SampleError.
+def show(samples, i, colours):
+    """Sample i as the model gets it, as text, with images where they stand: targets green and other tokens red, or,
+    without colours, targets in [[...]]. Raises ValueError when it has an error.
     """
-    sample = samples.sample(i)
+    sample = samples[i]
+    if isinstance(sample, SampleError):
+        raise ValueError(f"{samples.where(i)}: {sample}")
     prompt, is_target = sample.prompt, [label >= 0 for label in sample.labels]
     lines = [f"{samples.where(i)}:",
              f"{len(prompt.ids)} text tokens, {sum(is_target)} of them learned, {len(prompt.v_pos)} visual tokens"]
@@ -80,7 +84,7 @@ def show(samples, i):
     for start, stop in pairwise(borders):
         images_until(prompt.t_pos[start])
         decoded = samples.tokenizer.decode(prompt.ids[start:stop], skip_special_tokens=False)
-        text += f"{GREEN if is_target[start] else RED}{decoded}{PLAIN}"
+        text += decoded.join((GREEN, RED, TARGET, OTHER)[2 * (not colours) + (not is_target[start])])
         position += stop - start
     images_until(prompt.end)
     return "\n".join([*lines, text])
@@ -90,8 +94,9 @@ def main(argv=None):
     p = cli.Parser(description="Training data: look at a sample, or check them all.", prog="python -m llava")
     action = p.add_mutually_exclusive_group(required=True)
     action.add_argument("--show", metavar="FILE", help="a sample as the model gets it: learned tokens green, others "
-                        "red")
-    action.add_argument("--check", metavar="FILE", help="reads every sample once and counts what is wrong with them")
+                        "red; into a pipe or a file, learned ones in [[...]]")
+    action.add_argument("--check", metavar="FILE", help="reads every sample once and counts what is wrong with them; "
+                        "exit status 1 if anything is")
     p.add_argument("--index", type=int, default=0, metavar="N", help="which sample to show (default: 0)")
     p.add_argument("--images", metavar="DIR", help="where the images' paths start (default: where FILE is)")
     p.add_argument("--model", default=cli.NANO, metavar="DIR", help="checkpoint directory with the tokenizer and the "
@@ -106,9 +111,12 @@ def main(argv=None):
     samples = Samples(args.show or args.check, args.images, data.load_tokenizer(model), read_config(model),
                       args.label_rule, args.max_tokens)
     if args.check:
-        print(check(samples, args.workers))
+        table, errors = check(samples, args.workers)
+        print(table)
+        if errors:
+            raise SystemExit(1)
     elif 0 <= args.index < len(samples):
-        print(show(samples, args.index))
+        print(show(samples, args.index, colours=sys.stdout.isatty()))
     else:
         p.error(f"--index {args.index}: {args.show} has samples 0 to {len(samples) - 1}")
 

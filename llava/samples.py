@@ -4,6 +4,7 @@ Follows LLaVA-NeXT's llava/train/train.py (preprocess_multimodal for placeholder
 differs is said at the function that differs. Also here: the order of samples in training, and the questions of a
 training file that router.py evaluates.
 """
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +14,15 @@ import numpy as np
 
 import data
 from data import IMAGE, SampleError
-from llava.index import JsonIndex
+from llava.index import JsonIndex, flaw, kind_of
 from llava.mixtures import read_mixture, subsample
 
-KINDS = ("malformed line", "turns", "empty answer", "placeholders", "video", "missing image", "broken image",
-         "oversized image", "too long")  # of SampleErrors, in the order of reports
+KINDS = ("malformed line", "turns", "empty answer", "wrong key", "placeholders", "video", "missing image",
+         "broken image", "oversized image", "too long")  # of SampleErrors, in the order of reports
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# Keys under which other formats keep pictures and films. Not image_id, image_size or num_images, which are about them
+PICTURES = re.compile(r"(image|img|picture|photo|video)s?([_-]?\d+|(?P<place>[_-]?(path|file|(file_?)?name|ur[il]|list|"
+                      r"data|base64|bytes)s?))?", re.IGNORECASE)
 
 
 class Sample(NamedTuple):
@@ -74,7 +78,7 @@ class Samples:
         except SampleError as error:
             return error
         except Exception as e:  # whatever a file holds, one sample does not end a training
-            return SampleError("malformed line", f"{type(e).__name__}: {e}")
+            return SampleError("malformed line", f"{type(e).__name__}: {' '.join(str(e).split())}")
 
     def sample(self, i):
         """Sample i. Raises SampleError, or nearly anything where a file holds nonsense."""
@@ -112,49 +116,108 @@ def conversation(sample):
 
     Turns alternate user, assistant. An answer before the first question is dropped. Raises SampleError.
     """
-    if sample.get("video"):
-        raise SampleError("video", "a film, which this model does not take")
     names = _image_names(sample)
     system, turns = _turns(sample)
-    if names:
-        turns = [_placeholder_first(text) for text in turns]
-        n = sum(text.count(IMAGE) for text in turns)
-        if n != len(names):
-            raise SampleError("placeholders", f"{n} {IMAGE} in the text for {len(names)} images")
+    if any("<video>" in text for text in [system, *turns]):
+        raise SampleError("video", "<video> in the text stands for a film, which this model does not take; leave the "
+                          "sample out")
+    if IMAGE in system:
+        raise SampleError("placeholders", f"{IMAGE} in the system text; put it into a question")
+    turns = [_placeholder_first(text) for text in turns]
+    n = sum(text.count(IMAGE) for text in turns)
+    if n != len(names):
+        raise SampleError("placeholders", f"{n} {IMAGE} in the text for {len(names)} images; give each its path under "
+                          "image")
     return system, turns, names
 
 
 def _image_names(sample):
     """The list of a sample's image paths, empty for text alone. Raises SampleError."""
-    names = sample.get("image") or []
+    names = sample.get("image")
+    if names in (None, ""):
+        names = []
     if isinstance(names, str):
         names = [names]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise SampleError("malformed line", "image is neither a path nor a list of paths")
+        found = kind_of(names) if not isinstance(names, list) else "a list of other things"
+        raise SampleError("malformed line", f"image is neither a path nor a list of paths, but {found}")
+    for name in names:
+        if found := flaw(name, path=True):
+            raise SampleError("malformed line", f"the image's path {found}")
+    _no_other_pictures(sample, "", known=("image",), also_place=bool(names))
     return names
+
+
+def _no_other_pictures(holder, where, known=(), also_place=False):
+    """Raises SampleError where a sample or a turn has pictures under a key that is not read.
+
+    where: which turn, for the message. also_place: keys like image_url may stand beside an image, as a note.
+    """
+    for key, value in holder.items():
+        match = PICTURES.fullmatch(key)
+        if not match or not value or key in known or (also_place and match["place"]):
+            continue
+        if match[1].lower() == "video":
+            raise SampleError("video", f"{where}has {key}: this model takes no films; leave the sample out")
+        raise SampleError("wrong key", f"{where}has pictures under {key}, which is not read: call it image, in the "
+                          "sample, and give a path or a list of paths")
 
 
 def _turns(sample):
     """(system text, [user, assistant, ...]) of a sample's dict, in LLaVA's or OpenAI's keys. Raises SampleError."""
     entries = sample.get("conversations")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise SampleError("malformed line", "conversations is not a list of turns")
-    system, roles, turns = data.SYSTEM, [], []
-    for entry in entries:
-        role = ROLES.get(entry.get("from", entry.get("role")))
-        text = entry.get("value", entry.get("content"))
-        if role is None or not isinstance(text, str):
-            raise SampleError("malformed line", "a turn without from and value, or role and content")
+    if not isinstance(entries, list):
+        found = f"conversations is {kind_of(entries)}" if entries is not None else "conversations is missing"
+        raise SampleError("malformed line", f'{found}; give a list of turns, {{"from": ..., "value": ...}}')
+    system, roles, turns = sample.get("system"), [], []
+    if system == "":
+        system = None
+    if not isinstance(system, str | None):
+        raise SampleError("malformed line", f"system {kind_of(system)} is no text")
+    for i, entry in enumerate(entries):
+        role, text = _turn(entry, i)
         if role == "system":
+            if i:
+                raise SampleError("turns", f"turn {i + 1} is a system turn; only the first can be one")
+            if system not in (None, text):
+                raise SampleError("turns", "a system key and another system turn; give one of them")
             system = text
         elif turns or role == "user":  # an answer to nothing is dropped
             roles.append(role)
             turns.append(text)
     if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
         raise SampleError("turns", "turns are not question, answer, question, answer")
-    if not all(answer.strip() for answer in turns[1::2]):
-        raise SampleError("empty answer", "an answer is empty")
-    return system, turns
+    for answer in turns[1::2]:
+        if not answer.replace(IMAGE, "").strip():
+            raise SampleError("empty answer", "an answer is an image alone, which cannot be learned; answer in words"
+                              if IMAGE in answer else "an answer is empty")
+    if found := flaw(system or ""):
+        raise SampleError("malformed line", f"the system text {found}")
+    return data.SYSTEM if system is None else system, turns
+
+
+def _turn(entry, i):
+    """(user, assistant or system; text) of entry i of conversations. Raises SampleError."""
+    turn = f"turn {i + 1}"
+    if not isinstance(entry, dict):
+        raise SampleError("malformed line", f'{turn} is {kind_of(entry)}; give {{"from": ..., "value": ...}}')
+    role, text = (_text(entry, turn, *keys) for keys in (("from", "role"), ("value", "content")))
+    if role not in ROLES:
+        raise SampleError("malformed line", f"{turn} is from {kind_of(role)}, none of {', '.join(ROLES)}")
+    if found := flaw(text):
+        raise SampleError("malformed line", f"{turn} {found}")
+    _no_other_pictures(entry, f"{turn} ")
+    return ROLES[role], text
+
+
+def _text(entry, turn, key, other):
+    """entry[key], or that of the other key where it has none, if that is a text. turn: for the message."""
+    key = key if key in entry or other not in entry else other
+    if key not in entry:
+        raise SampleError("malformed line", f"{turn} has neither {key} nor {other}; give one as text")
+    if not isinstance(entry[key], str):
+        raise SampleError("malformed line", f"{turn}: {key} {kind_of(entry[key])} is no text; write it as one")
+    return entry[key]
 
 
 def _placeholder_first(text):
@@ -217,7 +280,7 @@ class EvalQuestions:
             first = end
         note = next((f"{len(self.errors)} samples cannot be used, as {x}" for x in self.errors.values()), "")
         if not self.indices:
-            raise ValueError("no question about a single image in the training file" + (note and f"; {note}"))
+            raise ValueError(f"{samples.find(0)[0].path}: no question about a single image" + (note and f"; {note}"))
         if note:
             print(note, file=sys.stderr)
         self.paths = {samples.find(i)[0].path for i in self.indices}

@@ -71,7 +71,8 @@ def check_line(message, names):
         raise Fault(f"more than one line: {message!r}")
     if found := PYTHON.search(message):
         raise Fault(f"bare Python ({found[0]}): {message!r}")
-    if not re.search(r"--[a-z]|^unrecognized arguments", message) and not any(name and name in message for name in names):
+    named = re.search(r"--[a-z]|^unrecognized arguments", message)
+    if not named and not any(name and name in message for name in names):
         raise Fault(f"names no file, flag or field: {message!r}")
 
 

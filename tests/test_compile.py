@@ -14,7 +14,7 @@ def test_few_graphs_serve_all_sizes_and_configurations_with_the_same_numbers():
     counters.clear()
     plain, fast, rng = tiny.model(layers=9), tiny.model(layers=9), random.Random(8)
     fast.compile(backend="aot_eager")
-    configurations = [*plain.config.viable, tuple(range(9))]
+    configurations = [(), *plain.config.viable, tuple(range(9))]
     for i in range(20):
         images = [tiny.image(rng.randint(20, 200), rng.randint(20, 200), k) for k in range(1 + i % 2)]
         processed = [data.process_image(x, plain.config, len(images) == 1) for x in images]

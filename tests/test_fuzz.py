@@ -191,8 +191,11 @@ def read_samples(name, x):
             if isinstance(samples[i], data.SampleError):
                 check_line(f"{samples.where(i)}: {samples[i]}", ("sample",))
             else:
-                print(llava.__main__.show(samples, i))
-    EvalQuestions(samples, 2)
+                print(llava.__main__.show(samples, i, colours=False))
+    try:
+        EvalQuestions(samples, 2)
+    except ValueError as e:  # without a single image there is nothing to ask
+        check_line(str(e), (".json: no question", ".jsonl: no question"))
 
 
 def read_index(x):
@@ -282,7 +285,7 @@ def make_labels(x=None):
 
 def command(main, words):
     """A command as its script runs it, without what takes long."""
-    llava.__main__.check, flops.plot = (lambda *_: ""), (lambda *_: None)  # in the forked process alone
+    llava.__main__.check, flops.plot = (lambda *_: ("", 0)), (lambda *_: None)  # in the forked process alone
     cli.run(lambda: main(list(words)))
 
 

@@ -250,7 +250,8 @@ def test_the_checkpoints_family_decides():
                  patch_size=8)
     hf = {"model_type": "llava_onevision", "text_config": {"model_type": "qwen2", **sizes},
           "vision_config": {"model_type": "siglip_vision_model", **tower}}
-    original = {"mm_vision_tower": "google/siglip-so400m-patch14-384", "image_grid_pinpoints": [[384, 384]], **sizes}
+    original = {"mm_vision_tower": "google/siglip-so400m-patch14-384", "image_grid_pinpoints": [[384, 384]],
+                "mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres_max_9", **sizes}
     found = [config_of(x) for x in (hf, original)]
     assert [c.transparency for c in found] == ["white", "drop"] and [c.unpad for c in found] == ["hf", "original"]
     assert [config_of(json.loads(c.to_json())) for c in found] == found
