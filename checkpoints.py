@@ -10,10 +10,11 @@ import re
 import shutil
 from contextlib import contextmanager
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from cli import atomic, read_json, read_rows, remove_unfinished
+from cli import atomic, read_json, read_rows, remove_unfinished, writing
 from config import checked, entries
 from parallel import full_tensor
 from weights import write_tensors
@@ -22,8 +23,8 @@ COUNT = range(1, 1 << 40)
 # What a run's settings may be, on the command line and in state.json; as config.LIMITS
 SETTINGS = {
     "stage": range(4), "step": COUNT, "steps": COUNT, "batch_size": range(1, 1 << 20),
-    "micro_batch_size": range(1, 1 << 20), "lr": (1e-30, 1e30), "warmup": range(1 << 40), "decay_start": (0.0, 1.0),
-    "seed": range(1 << 63), "threads": range(1, 4097), "samples": COUNT, "max_tokens": COUNT, "workers": range(1025),
+    "micro_batch_size": range(1, 1 << 20), "lr": (1e-30, 1e30), "warmup": range(1 << 40), "decay_start": (0.0, 0.9999),
+    "seed": range(1 << 63), "threads": range(1, 1025), "samples": COUNT, "max_tokens": COUNT, "workers": range(1025),
     "max_bad": (0.0, 1.0), "save_every": COUNT, "sample_every": range(1 << 40), "keep": COUNT,
     "label_rule": ["assistant", "llava"], "dtype": ["float32", "bfloat16"], "labels": ["task", "sample"],
     **dict.fromkeys(("compile", "fsdp", "checkpointing", "overfit", "joined"), [False, True]),
@@ -31,6 +32,7 @@ SETTINGS = {
     "turns": range(1, 1001), "questions": range(1, 1 << 20), "auxiliary_weight": (0.0, 1e6),
     "drop_vision_from": range(1 << 40), "largest_first": (0.0, 1.0), "label_smoothing": (0.0, 1.0),
 }
+STATES = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum"}}  # of a parameter, by kind of optimiser
 MAY_BE_NONE = ("decay_start", "samples", "max_tokens")
 
 
@@ -51,6 +53,9 @@ def save(out, model, opts, state, keep=2, rank=0):
     if rank or is_checkpoint(target):
         return target
     remove_unfinished(out)  # of a run that was killed here
+    if os.path.lexists(target):  # something else of that name
+        with writing(target):
+            target.rename(target.with_name(f"{target.name}.{os.getpid()}.stray"))
     with atomic(target) as beside:
         model.save_pretrained(beside, tensors)
         write_tensors(moments, beside / "optimizer.safetensors")
@@ -68,19 +73,24 @@ def restore(checkpoint, opts):
         found = load_file(file)
     except (SafetensorError, OSError) as e:
         raise damaged(file, e) from None
-    if any(not x.isfinite().all() for x in found.values()):
-        raise damaged(file, "numbers that are not finite")
+    if not found or any(not x.isfinite().all() for x in found.values()):
+        raise damaged(file, "numbers that are missing, or not finite")
     for label, x in found.items():
         kind, _, rest = label.partition(".")
         parameter, _, key = rest.rpartition(".")
         opt, names, _ = opts.get(kind, (None, (), None))
         p = opt.param_groups[0]["params"][names.index(parameter)] if parameter in names else None
-        if p is None or x.ndim and x.shape != p.shape or not x.is_floating_point():
+        shape = () if key == "step" else getattr(p, "shape", None)
+        if p is None or key not in STATES[kind] or x.shape != shape or x.dtype != torch.float32:
             raise damaged(file, f"it has {label}, which this run's optimisers have not")
         if x.ndim:  # a step counter stays where it is
             x = x.to(p.device)
             x = distribute_tensor(x, p.device_mesh, p.placements) if hasattr(p, "device_mesh") else x
         opt.state[p][key] = x
+    for kind, (opt, names, _) in opts.items():
+        for name, p in zip(names, opt.param_groups[0]["params"]):  # one that had no gradient yet has no state
+            if p in opt.state and opt.state[p].keys() != STATES[kind]:
+                raise damaged(file, f"{kind}.{name} lacks a part of its state")
 
 
 def damaged(file, why):
@@ -103,6 +113,8 @@ def read_state(checkpoint):
                 checked(name, value, limits=SETTINGS)
         if f"stage{state.get('stage')}-{state.get('step', 0):06d}" != checkpoint.name:
             raise ValueError("stage and step are not those of the directory's name")
+        if state["step"] > state.get("steps", 0):
+            raise ValueError("step is more than steps")
         return state
     except ValueError as e:
         raise damaged(file, e) from None
@@ -137,11 +149,13 @@ def drop_rows_after(file, stage, step, **types):
 def locked(out):
     """Holds out/lock while a run writes there; the system frees it when the process ends, however that comes about.
     Raises ValueError."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a directory")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process's own: what it forks does not hold it
-        except OSError:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise ValueError(f"--out {out} is being written to by process {file.read(20).strip()}: wait for it, or "
                              "name another --out") from None

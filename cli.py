@@ -23,8 +23,31 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = " ".join(message.split())
+        message = message if len(message) < 400 else f"{message[:300]} ... {message[-60:]}"
         print(f"error: {message}{' blank ones' * message.endswith('unrecognized arguments:')}", file=sys.stderr)
         raise SystemExit(2)
+
+
+class Unfailing:
+    """A stream that drops what it cannot write: that nobody listens any more is no reason to end a training."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            pass
 
 
 def run(main):
@@ -35,8 +58,12 @@ def run(main):
             setattr(sys, name, open(os.devnull, "w"))
         elif isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is written as an escape, never lost
             stream.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stderr, Unfailing):
+        sys.stderr = Unfailing(sys.stderr)
     try:
         main()
+        with writing("stdout"):
+            sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
@@ -64,13 +91,13 @@ def read_json(path, kind=dict, mend="get it again"):
     """What a JSON file holds, in UTF-8, 16 or 32, with or without a byte order mark. Raises ValueError, one line, if it
     is missing, no JSON, nested too deeply, or no `kind` (dict or list); mend: what the line advises."""
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = json.loads(Path(path).read_bytes(), object_pairs_hook=unique_keys)
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror.lower()}; {mend}") from None
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply; {mend}") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not valid JSON ({e}); {mend}") from None
+    except (json.JSONDecodeError, KeyError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e.args[0]}); {mend}") from None
     except ValueError:  # bytes that are no text, a number of thousands of digits
         raise ValueError(f"{path}: not valid JSON; {mend}") from None
     if not isinstance(found, kind):
@@ -98,16 +125,31 @@ def append_rows(file, rows):
         f.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
+def unique_keys(pairs):
+    """A JSON object of its pairs. Raises KeyError where a key stands twice: Python would take the last one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise KeyError(f"the key {next(key for key in keys if keys.count(key) > 1)[:60]!r} stands twice")
+    return found
+
+
+class Unwritable(ValueError):
+    """A file that could not be written."""
+
+
 @contextmanager
 def writing(path):
-    """Names a file that could not be written, as an error of the disk does not always. Raises ValueError."""
+    """Names a file that could not be written, as an error of the disk does not always. Raises Unwritable."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as e:
         if e.filename not in (None, str(path)) and not str(e.filename).startswith(f"{path}."):
             raise  # about another file
         name = re.sub(r"(\.\d+\.writing)+$", "", str(path))  # what it is to become
-        raise ValueError(f"{name}: cannot be written ({(e.strerror or str(e)).lower()}); make room or name another "
+        raise Unwritable(f"{name}: cannot be written ({(e.strerror or str(e)).lower()}); make room or name another "
                          "place") from None
 
 
@@ -143,6 +185,19 @@ def remove_unfinished(directory):
     """Deletes what `atomic` left in a directory when its process was killed."""
     for path in Path(directory).glob("*.writing"):
         remove(path)
+
+
+@contextmanager
+def interrupts():
+    """Within, Ctrl-C and SIGTERM (of a scheduler) only add to the list that it gives: no step is left half done."""
+    asked = []
+    heard = [x for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
+    before = {x: signal.signal(x, lambda number, _: asked.append(number)) for x in heard}  # nohup ignores the last
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def free_threads():

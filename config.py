@@ -159,15 +159,16 @@ class Config:
         self._check_layers()
         return self
 
-    def configuration(self, text):
-        """The self-attention layers that `text` asks for: "dense", "none" or "1,4,7". Returns an ascending tuple."""
+    def configuration(self, text, flag="--sa"):
+        """The self-attention layers that `text` asks for: "dense", "none" or "1,4,7". Returns an ascending tuple.
+        flag: where it was given, for the error."""
         if text in ("dense", "none"):
             return tuple(range(self.layers)) if text == "dense" else ()
-        if not re.fullmatch(r"\d+(,\d+)*", text):
-            raise ValueError(f"--sa {text}: give dense, none, or layer numbers such as 1,4,7")
+        if not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", text):
+            raise ValueError(f"{flag} {short(text)}: give dense, none, or layer numbers such as 1,4,7")
         sa = tuple(sorted({int(x) for x in text.split(",")}))
         if sa[-1] >= self.layers:
-            raise ValueError(f"--sa {text}: there is no layer {sa[-1]}; this model has layers 0 to {self.layers - 1}")
+            raise ValueError(f"{flag} {text}: there is no layer {sa[-1]}; this model has layers 0 to {self.layers - 1}")
         return sa
 
 
@@ -265,7 +266,7 @@ def read_config(directory):
         else:
             raise ValueError(f"model_type {short(raw.get('model_type'))} is no LLaVA-OneVision or VISOR checkpoint; "
                              "give one, or a SigLIP and a Qwen2 directory as SIGLIP+QWEN2")
-        text = raw.get("text_config", {})
+        text = _part(raw, "text_config", needed=False)
         config.stop_ids = tuple(sorted({*config.stop_ids, *_stop_ids(raw, "eos_token_id"),
                                         *_stop_ids(text, "text_config.eos_token_id")}))
     except ValueError as e:
@@ -322,6 +323,11 @@ def _part(raw, name, needed=True):
     return part
 
 
+def _given(raw, name):
+    """What an object inside a config.json says, without what it leaves open."""
+    return {k: v for k, v in _part(raw, name, needed=False).items() if v is not None}
+
+
 def _expect(raw, name, value, where=""):
     """Refuses a setting that we do not do; a file may leave it out."""
     if raw.get(name) not in (value, None):
@@ -346,11 +352,13 @@ def _qwen2(raw, where=""):
     _expect(raw, "hidden_act", "silu", where)
     _expect(raw, "use_sliding_window", False, where)
     rope = {"rope_theta": 1e4 if raw.get("rope_theta") is None else raw["rope_theta"],
-            **_part(raw, "rope_scaling", needed=False), **_part(raw, "rope_parameters", needed=False)}
-    for name in ("rope_type", "type"):
-        _expect(rope, name, "default", where + "rope_parameters.")
+            **_given(raw, "rope_scaling"), **_given(raw, "rope_parameters")}
+    for name, value in (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0)):
+        _expect(rope, name, value, where + "rope_parameters.")
+    if any(x != "full_attention" for x in entries(where + "layer_types", raw.get("layer_types") or ())):
+        raise ValueError(f"{where}layer_types: only full_attention is supported")
     found = _take(raw, QWEN2, where)
-    head_dim = raw.get("head_dim") or found["hidden"] // found["heads"]
+    head_dim = found["hidden"] // found["heads"] if raw.get("head_dim") is None else raw["head_dim"]
     return {**found, "head_dim": checked("head_dim", head_dim, where + "head_dim"),
             "rope_theta": checked("rope_theta", rope["rope_theta"], where + "rope_theta")}
 

@@ -125,7 +125,8 @@ def load_image(path):
     except Exception as e:  # Pillow raises nearly anything on broken files
         if isinstance(e, OSError) and e.errno:  # the system's word, not Pillow's
             raise SampleError("missing image", f"{path}: {e.strerror.lower()}; make it readable") from None
-        raise SampleError("broken image", f"{path}: broken image ({e}); get it again") from None
+        why = f" ({e})" if isinstance(e, (OSError, SampleError)) else ""  # its own words; others' are Python's
+        raise SampleError("broken image", f"{path}: broken image{why}; get it again") from None
 
 
 def decode(file):

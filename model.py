@@ -443,5 +443,6 @@ def sample_token(logits, temperature, top_p, random):
     logits = logits.where(finite[:, None], 0).float()
     logits = logits - logits.amax(-1, keepdim=True)          # nothing overflows, however low the temperature
     p, order = (logits / max(temperature, 1e-30)).softmax(-1).sort(-1, descending=True)  # (B, vocab) each
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keeps the tokens before which less than top_p has gathered
+    out = p.cumsum(-1) - p >= top_p                  # tokens before which top_p has gathered; never the first
+    p[:, 1:] = p[:, 1:].masked_fill(out[:, 1:], 0)
     return order.gather(-1, torch.multinomial(p, 1, generator=random))[:, 0].where(finite, NOT_FINITE)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 import report
-from cli import Parser, atomic, checkpoint_path, free_threads, not_finite, placement, run, writing
+from cli import Parser, append_rows, atomic, checkpoint_path, free_threads, not_finite, placement, run
 from flops import llm_flops, sa_name
 from llava.samples import EvalQuestions, Samples
 from model import VLM
@@ -176,33 +176,30 @@ def log_results(path, model, eval_set):
     other = lines[0] != head if lines else not head.startswith(unfinished)
     if other:
         raise ValueError(f"{path} is about another model or evaluation set; remove it, or name another file")
-    kept, done = 1, 0         # whole batches only: the last one may have been cut short
-    while done < len(batches) and kept + sizes[done] <= len(lines):
-        kept, done = kept + sizes[done], done + 1
+    found, done = [], 0       # whole batches only: the last one may have been cut short, or any be damaged
+    for size in sizes:
+        batch = [read_result(line, model, eval_set) for line in lines[1 + len(found):1 + len(found) + size]]
+        if len(batch) < size or None in batch:
+            break
+        found, done = found + batch, done + 1
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as beside:  # without the unfinished batch
-        beside.write_text("\n".join([head, *lines[1:kept], ""]))
-    with writing(path), open(path, "a") as file:
-        for results in evaluate(model, eval_set, model.config.viable, only=batches[done:]):
-            file.write("".join(json.dumps(r) + "\n" for r in results))
-            file.flush()          # a kill costs one batch
-    return read_results(path, model, eval_set)
+    with atomic(path) as beside:
+        beside.write_text("\n".join([head, *lines[1:1 + len(found)], ""]))
+    for results in evaluate(model, eval_set, model.config.viable, only=batches[done:]):
+        append_rows(path, results)  # a kill costs one batch
+        found += results
+    return found
 
 
-def read_results(path, model, eval_set):
-    """What log_results has written. Raises ValueError that names a line which is damaged."""
-    results, n = [], len(model.config.viable)
-    for number, line in enumerate(path.read_text().split("\n")[1:-1], start=2):
-        try:
-            r = json.loads(line)
-            whole = all(len(r[k]) == n and np.isfinite(r[k]).all() for k in ("correct", "prefix_match", "loss"))
-            whole = whole and (r["task"], r["question"], r["answer"]) in eval_set[r["image"]][1]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-            whole = False
-        if not whole:
-            raise ValueError(f"{path}: line {number} is damaged; remove the file to evaluate anew")
-        results.append(r)
-    return results
+def read_result(line, model, eval_set):
+    """What `evaluate` has said about a question of this set, from its line in a file; None where that is damaged."""
+    try:
+        r = json.loads(line)
+        whole = all(len(r[k]) == len(model.config.viable) and np.isfinite(r[k]).all()
+                    for k in ("correct", "prefix_match", "loss"))
+        return r if whole and (r["task"], r["question"], r["answer"]) in eval_set[r["image"]][1] else None
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
 
 
 def fingerprint(model, eval_set):
@@ -349,8 +346,9 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if args.search + bool(args.label) + args.report != 1:
         p.error("give one of --search, --label FILE and --report")
-    if args.questions < 1 or args.seed < 0 or (args.threads or 1) < 1 or not 0 < args.keep <= 1:
-        p.error("--questions and --threads must be at least 1, --seed at least 0, --keep above 0 and at most 1")
+    if args.questions < 1 or args.seed < 0 or not 1 <= (args.threads or 1) <= 1024 or not 0 < args.keep <= 1:
+        p.error("--questions must be at least 1, --threads from 1 to 1,024, --seed at least 0, --keep above 0 and at "
+                "most 1")
     if args.out and (not args.out.endswith(".png") or not Path(args.out).parent.is_dir()):
         p.error(f"--out {args.out}: give a .png file in a directory that exists")
     return args

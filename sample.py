@@ -56,7 +56,7 @@ def parse(argv=None):
     p.add_argument("--json", action="store_true", help="one JSON object per question instead of plain answers")
     args = p.parse_args(argv)
     for name, ok, what in (("max_tokens", args.max_tokens >= 1, "at least 1"),
-                           ("threads", args.threads is None or 1 <= args.threads <= 4096, "from 1 to 4,096"),
+                           ("threads", args.threads is None or 1 <= args.threads <= 1024, "from 1 to 1,024"),
                            ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
                            ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
                            ("pack", args.pack is None or 1 <= args.pack < math.inf, "1 or more"),

@@ -11,13 +11,12 @@ trains the router, and nothing else (4.3). Everything random follows from the se
 that was stopped, or killed, goes on as if it had not been. What a step learns from are ToyBatches, ConversationBatches
 or RouterBatches; the loop does not tell them apart.
 """
-import json
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 import router
 from checkpoints import SETTINGS, damaged, drop_rows_after, locked, newest, read_state, restore, save
-from cli import NANO, Parser, append_rows, checkpoint_path, free_threads, placement, run
+from cli import NANO, Parser, Unwritable, append_rows, checkpoint_path, free_threads, interrupts, placement, run
 from config import checked, read_config
 from flops import sa_name
 from llava.batches import ConversationBatches
@@ -134,16 +133,17 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
                     for loss in batches.losses(next(feed), sa, step):       # micro-batches add their gradients up
                         loss.backward()
                         value += loss.detach().double()                     # read once a step
-            except ValueError:                                              # too many bad samples
-                if learned:                                                 # what was learned is kept
+            except ValueError as e:                                         # too many bad samples
+                if learned and not isinstance(e, Unwritable):               # what was learned is kept
                     save_step(step)
                 raise
             value = distributed.sum(float(value))[0] / distributed.size
             norm = float(full_tensor(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
             if not math.isfinite(value + norm):
                 raise ValueError(f"step {step + 1}: the loss is {value:g}, the norm of its gradient {norm:g}; the step "
-                                 f"is not taken. Last saved: {checkpoint or 'nothing'}. Begin again in another --out, "
-                                 "with a lower --lr")
+                                 f"is not taken. Last saved: {checkpoint or 'nothing'}. " + (
+                                     "Begin again in another --out, with a lower --lr" if step > first else
+                                     "The weights that it begins with are broken; begin with others"))
             learned = learned or value > 0
             factor = lr_factor(step, s["steps"], s["warmup"], s["decay_start"])
             for opt, _, lr in opts.values():
@@ -178,18 +178,6 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
     return model.eval()
 
 
-@contextmanager
-def interrupts():
-    """Within, Ctrl-C and SIGTERM (of a scheduler) only add to the list that it gives: no step is left half done."""
-    asked = []
-    before = {x: signal.signal(x, lambda number, _: asked.append(number)) for x in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def start(model, stage, out, s, first, checkpoint, samples, distributed):
     """Makes a model ready for a stage that begins, or goes on, at step `first`: (what it learns from, optimisers)."""
     out.mkdir(parents=True, exist_ok=True)
@@ -197,9 +185,9 @@ def start(model, stage, out, s, first, checkpoint, samples, distributed):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     if distributed.rank == 0:
-        print(f"stage {stage}: {trained:,} parameters train, {frozen:,} are frozen; threads: {s['threads']}",
+        print(f"stage {stage}: {trained:,} parameters train, {frozen:,} are frozen; threads: {torch.get_num_threads()}",
               file=sys.stderr)
-        (out / "log.jsonl").touch()
+        append_rows(out / "log.jsonl", ())                  # that it can be written to
         drop_rows_after(out / "log.jsonl", stage, first)
         drop_rows_after(out / "bad.jsonl", stage, first, number=int, sample=str, kind=str, message=str)
     distributed.sum(0)  # the others wait for that
@@ -309,6 +297,10 @@ def first_model(stage, source, args, out):
         raise ValueError("nothing to start from: give a checkpoint with --model, or an --out with an earlier stage")
     source = source or (NANO if stage == 3 else DENSE)
     model = VLM.from_pretrained(source)
+    if model.config.stage in "0123" and (Path(source) / "state.json").is_file():
+        state = read_state(Path(source))
+        if state["step"] < state["steps"]:
+            print(f"{source} has only {state['step']} of its {state['steps']} steps", file=sys.stderr)
     missing = 1 if not model.config.ca else 2 if model.config.stage == "1" else 3  # the stage that comes next
     if stage > missing and not (stage == 2 and args.skip_stage_1):
         raise ValueError(f"{source} has not been through stage {missing}: python train.py --stage {missing} --model "
@@ -389,7 +381,7 @@ def run_stage(stage, source, args, out, distributed):
     """Begins a stage or goes on with it, to its end: (model, Samples or None, settings)."""
     checkpoint, given = newest(out, [stage]), given_settings(args)
     settings = read_state(checkpoint) if checkpoint else {}
-    model = VLM.from_pretrained(checkpoint) if checkpoint else first_model(stage, source, args, out)
+    model = load(checkpoint) if checkpoint else first_model(stage, source, args, out)
     model.to(distributed.device)
     samples = None
     if args.data != "toy":
@@ -400,7 +392,7 @@ def run_stage(stage, source, args, out, distributed):
         settings = first_settings(stage, args, model, samples)
         if stage in (1, 2) and args.viable:
             c = model.config
-            c.add_visor(c.ca, c.sa, [c.configuration(v) for v in args.viable])
+            c.add_visor(c.ca, c.sa, [c.configuration(v, "--viable") for v in args.viable])
     else:
         go_on_with(settings, checkpoint, stage, args, model, samples)
     torch.set_num_threads(settings["threads"])
@@ -409,18 +401,26 @@ def run_stage(stage, source, args, out, distributed):
     return model, samples, settings
 
 
+def load(checkpoint):
+    """The model of a checkpoint of this run. Raises ValueError."""
+    try:
+        return VLM.from_pretrained(checkpoint)
+    except ValueError as e:
+        raise ValueError(f"{e} (or remove {checkpoint} to go on from the one before it)") from None
+
+
 def go_on_with(settings, checkpoint, stage, args, model, samples):
     """Makes a checkpoint's settings those of a run that goes on, and says which flags it does not follow. Raises
     ValueError where it would not be the same run."""
-    if missing := sorted(first_settings(stage, args, model, samples).keys() - settings.keys() - {"max_tokens"}):
-        raise damaged(checkpoint / "state.json", f"{missing[0]} is missing")
     if settings.get("samples") != (len(samples) if samples else None):
         raise ValueError(f"{checkpoint} learned from {settings.get('samples') or 'no'} samples of a file, --data "
                          f"{args.data} has {len(samples) if samples else 'none'}: give the same, or another --out")
+    if missing := sorted(first_settings(stage, args, model, samples).keys() - settings.keys() - {"max_tokens"}):
+        raise damaged(checkpoint / "state.json", f"{missing[0]} is missing")
     given = given_settings(args)
     may_change = (*DEFAULTS, "save_every", "threads")  # a run may also go on with other processes
     settings |= {**{k: v for k, v in given.items() if k in may_change}, "fsdp": args.fsdp}
-    viable = {model.config.configuration(v) for v in args.viable or ()}
+    viable = {model.config.configuration(v, "--viable") for v in args.viable or ()}
     passed_over = [f"--{k.replace('_', '-')} {v} (it has {settings.get(k)})" for k, v in given.items()
                    if settings.get(k) != v] + ["--viable"] * (viable not in (set(), set(model.config.viable)))
     if passed_over:

@@ -142,7 +142,8 @@ def same_head(files, rows):
     """Whether the output head in the files is the embedding matrix, in its first `rows` rows."""
     with open_weights(files["lm_head.weight"][0]) as f, open_weights(files[EMBEDDING][0]) as g:
         head, embedding = f.get_slice(files["lm_head.weight"][1]), g.get_slice(files[EMBEDDING][1])
-        if min(head.get_shape()[0], embedding.get_shape()[0]) < rows:
+        if not (len(head.get_shape()) == len(embedding.get_shape()) == 2
+                and min(head.get_shape()[0], embedding.get_shape()[0]) >= rows):
             return False
         parts = (slice(i, min(i + 8192, rows)) for i in range(0, rows, 8192))  # so that memory holds little of them
         return head.get_shape()[1:] == embedding.get_shape()[1:] and all(

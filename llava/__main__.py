@@ -108,8 +108,8 @@ def main(argv=None):
                    "(default: all cores)")
     args = p.parse_args(argv)
     model = cli.checkpoint_path(args.model)
-    samples = Samples(args.show or args.check, args.images, data.load_tokenizer(model), read_config(model),
-                      args.label_rule, args.max_tokens)
+    samples = Samples(args.check if args.show is None else args.show, args.images, data.load_tokenizer(model),
+                      read_config(model), args.label_rule, args.max_tokens)
     if args.check:
         table, errors = check(samples, args.workers)
         print(table)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import atomic
+from cli import atomic, unique_keys
 from data import SampleError
 
 MARK = re.compile(rb'["\[\]{},]')  # all that matters to the depth of nested JSON, where no string holds it
@@ -100,9 +100,12 @@ class JsonIndex:
             file.seek(start)
             text = file.read(end - start)
         try:
-            sample = json.loads(text.decode("utf-8-sig"))  # files that were joined may have marks within
+            # Files that were joined may have marks within
+            sample = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_keys)
         except UnicodeDecodeError as e:
             raise SampleError("malformed line", f"byte {start + e.start} is not UTF-8; save the file as such") from None
+        except KeyError as e:
+            raise SampleError("malformed line", f"{e.args[0]}; leave one") from None
         except RecursionError:
             raise SampleError("malformed line", "nested too deeply to be a sample; take it out") from None
         except json.JSONDecodeError as e:

@@ -8,6 +8,7 @@
 The same as JSON: {"datasets": [{"json_path": "a.json"}, ...]}.
 """
 import codecs
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 import yaml
 
 from cli import read_json
+from config import short
 from llava.index import NONBLANK, flaw, kind_of, mapped, other_format
 
 LARGEST = 2 * 2**20  # bytes of a mixture
-MOST_FILES = 10_000  # of a mixture
+MOST_FILES = 1000  # of a mixture
 SHAPE = 'a mixture has datasets: [{"json_path": ...}]'
 STRATEGY = re.compile(r"all|(first|end|random):([0-9]{1,15})(%?)")
 STRATEGIES = "all, or first:, end: or random: with a number or N%"
@@ -55,10 +57,10 @@ def read_mixture(path):
             raise ValueError(f"{path}: datasets[{i}] {e}") from None
         if len(files) + len(names) > MOST_FILES:
             raise ValueError(f"{path}: datasets[{i}] json_path: more than {MOST_FILES:,} files in all; join some")
-        files += [(file if file.exists() else path.parent / file, strategy) for file in map(Path, names)]
+        files += [(file if os.path.exists(file) else path.parent / file, strategy) for file in map(Path, names)]
         unknown |= {str(key) for key in entry} - {"json_path", "sampling_strategy"}
     if unknown:
-        print(f"{path}: {', '.join(sorted(unknown))} not used; known are json_path and sampling_strategy",
+        print(f"{path}: {short(', '.join(sorted(unknown)))} not used; known are json_path and sampling_strategy",
               file=sys.stderr)
     return files
 
@@ -125,8 +127,8 @@ def _load_yaml(path):
         line, problem = 1 + text.count("\n", 0, e.position), e.reason
     except RecursionError:
         raise ValueError(f"{path}: not valid YAML (nested too deeply); {SHAPE}") from None
-    except Exception as e:  # a date of month 13: its constructors raise nearly anything
-        raise ValueError(f"{path}: not valid YAML ({e})") from None
+    except Exception:  # a date of month 13: its constructors raise nearly anything
+        raise ValueError(f"{path}: not valid YAML (a value is not what its kind asks for); {SHAPE}") from None
     raise ValueError(f"{path}, line {line}: not valid YAML ({problem})")
 
 

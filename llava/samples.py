@@ -44,8 +44,10 @@ class Samples:
         self.images, self.tokenizer, self.config = images, tokenizer, config
         self.rule, self.max_tokens = rule, max_tokens
         self.files = []  # (JsonIndex, the indices that are used of it)
+        indices = {}     # a file may be named many times
         for i, (file, strategy) in enumerate(read_mixture(path)):
-            index = JsonIndex(file)
+            index = indices.setdefault(file, None) or JsonIndex(file)
+            indices[file] = index
             self.files.append((index, subsample(len(index), strategy, np.random.default_rng((seed, i)))))
         self.ends = np.cumsum([len(used) for _, used in self.files])  # of each file: 1 + the index of its last sample
         if not len(self):

@@ -110,6 +110,7 @@ def delete(rng, holder, key):
 def rename(rng, holder, key):
     if isinstance(holder, dict):
         x = holder.pop(key)
+        key = str(key)  # an earlier change may have left a number
         holder[rng.choice((key.upper(), key + " ", rng.choice(TEXTS), key[1:]))] = x
 
 

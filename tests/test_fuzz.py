@@ -291,13 +291,14 @@ def command(main, words):
 
 # --- the kinds ------------------------------------------------------------------------------------------------------
 
-MIXED = ("mix.", "json_path", "sampling_strategy", "no such training file")
+MIXED = ("mix.", "json_path", "sampling_strategy", "no such training file", "file name too long")
 
 
-def checkpoint(file, change=change_text, name=None, count=40):
-    """The kind that is one file of a checkpoint."""
+def checkpoint(file, change=change_text, name=None, count=40, also="config.json"):
+    """The kind that is one file of a checkpoint. also: what else an error line may name."""
     folder = str(Path(file).parent)
-    return Kind(stored(file), change, partial(use_with, file, name or folder), (f"{folder}/", "config.json"), count)
+    names = f"{folder}/", "config.json", also
+    return Kind(stored(file), change, partial(use_with, file, name or folder), names, count)
 
 
 def running(file, change=change_text, count=20):
@@ -325,7 +326,7 @@ KINDS = {
     "config.json flops": Kind(stored("visor/config.json"), change_text, count_with, ("config.json",), 150),
     "tokenizer.json": Kind(tokenizers, change_text, read_tokenizer, ("tokenizer.json",), 120),
     "generation_config.json": checkpoint("visor/generation_config.json", count=20),
-    "safetensors": checkpoint("visor/model.safetensors", change_safetensors, count=80),
+    "safetensors": checkpoint("visor/model.safetensors", change_safetensors, count=80, also="language model's output"),
     "safetensors index": checkpoint("shards/model.safetensors.index.json"),
     "state.json": running("stage1-000001/state.json", count=40),
     "optimizer.safetensors": running("stage1-000001/optimizer.safetensors", change_safetensors),

@@ -64,7 +64,7 @@ def batches_of(files, out, **settings):
     """(ConversationBatches of data.json, model)."""
     model = VLM.from_pretrained(files / "visor").remove_router()
     samples = Samples(files / "data.json", None, model.tokenizer, model.config)
-    settings = {**train.DEFAULTS, "batch_size": 12, "seed": 0, **settings}
+    settings = {**train.DEFAULTS, "batch_size": 12, "seed": 0, "steps": 1000, **settings}
     return ConversationBatches(model, 2, samples, settings, out, Distributed("cpu")), model
 
 
@@ -242,7 +242,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(files, tmp_path):
         done = subprocess.run([sys.executable, "-c", code, *flags, *more], cwd=ROOT, env=ONE_THREAD,
                               capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
-    killed(KILLER.format(where="checkpoints.save_file", at=2))          # within a save: weights are there, moments not
+    killed(KILLER.format(where="checkpoints.write_tensors", at=2))          # within a save: weights are there, moments not
     assert [p.name for p in (tmp_path / "parts").glob("stage2*writing")]
     assert train.newest(tmp_path / "parts", [2]).name == "stage2-000005"
     killed(KILLER.format(where="cli.os.replace", at=7), "--resume")   # at one of the renames of a save

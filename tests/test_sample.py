@@ -381,7 +381,7 @@ WORDS = {
     "--budget 0": (["--q", "hi", "--budget", "0"], "--budget"),
     "--budget and --sa": (["--q", "hi", "--budget", "0.5", "--sa", "1"], "leave --sa out"),
     "--max-tokens 0": (["--q", "hi", "--max-tokens", "0"], "--max-tokens 0: give a number at least 1"),
-    "--threads 0": (["--q", "hi", "--threads", "0"], "--threads 0: give a number from 1 to 4,096"),
+    "--threads 0": (["--q", "hi", "--threads", "0"], "--threads 0: give a number from 1 to 1,024"),
     "--top-p 0": (["--q", "hi", "--top-p", "0"], "--top-p"),
     "--temperature -1": (["--q", "hi", "--temperature", "-1"], "--temperature"),
     "--device": (["--q", "hi", "--device", "warp"], "--device warp"),
