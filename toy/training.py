@@ -168,10 +168,12 @@ class ToyBatches:
 
     def draw_dropped_layers(self, rng):
         """(text-only layers, layers in which vision is frozen) while questions are answered: a random share of all
-        layers but the candidates. Text-only are those that have no attention to vision in VISOR; where it will have a
-        cross-attention, text goes on looking."""
+        layers, every other time but the candidates. Text-only are those that have no attention to vision in VISOR;
+        where it will have a cross-attention, text goes on looking. With all candidates always, text would learn to look
+        there alone, and at what they have made of vision: VISOR's smaller configurations could not even read a cell."""
         share = rng.random(self.model.config.layers) < rng.random()
-        drawn = [l for l, is_drawn in enumerate(share) if is_drawn and l not in world.SA]
+        spared = world.SA if rng.random() < 0.5 else ()
+        drawn = [l for l, is_drawn in enumerate(share) if is_drawn and l not in spared]
         return [l for l in drawn if l not in world.CA], [l for l in drawn if l in world.CA]
 
     def draw_frozen_layers(self, rng, late):
