@@ -59,8 +59,12 @@ def tables(rows, dense):
         means = [statistics.mean(r[t] for t in tasks) for r in found]
         spread = f" ({max(means) - min(means):.3f})" if len(means) > 1 else ""
         return f"{statistics.mean(means):.3f}{spread}" if means else "-"
-    levels = {"detail": (0,), "level 1": (1,), "level 2": (2,), "level 3": (3,), "relations": (1, 2, 3)}
-    columns = {label: [t for t in dense["tasks"] if world.TASKS[t].level in among] for label, among in levels.items()}
+    levels = {"coarse": (-1,), "detail": (0,), "level 1": (1,), "level 2": (2,), "level 3": (3,),
+              "relations": (1, 2, 3)}
+    columns = {}
+    for label, among in levels.items():
+        if tasks := [t for t in dense["tasks"] if world.TASKS[t].level in among]:  # older results have no coarse ones
+            columns[label] = tasks
     lines = ["| layers | saving | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
     means = [statistics.mean(dense["tasks"][t] for t in tasks) for tasks in columns.values()]
     lines.append("| dense | 1.00x | " + " | ".join(f"{x:.3f}" for x in means) + " |")

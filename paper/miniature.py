@@ -2,12 +2,14 @@
 
     python -m paper.miniature
 
-Writes paper/results/miniature.json and assets/miniature.png, and prints the table of paper/README.md.
+And what the overview alone is worth to the dense model: coarse questions over the base tile. Writes
+paper/results/miniature.json and assets/miniature.png, and prints the table of paper/README.md.
 """
 import json
 import statistics
 from pathlib import Path
 
+import data
 import train
 from cli import NANO, Parser, placement, run
 from model import VLM
@@ -37,6 +39,27 @@ def table(rows):
     return "\n".join(lines), spread
 
 
+def overview(model, eval_set, batch_size=100):
+    """{coarse task: accuracy} of a dense miniature that sees the base tile alone, its tokens and one newline.
+
+    A quilt is square, so that this is what an image costs and shows where it is one of several (data.tiling).
+    """
+    prompts, wanted = [], []
+    for image, questions in eval_set:
+        for task, question, answer in questions:
+            if task in world.STRATA["coarse"]:
+                text = data.chatml([data.place_images(question, 1)])
+                tile = data.process_image(image, model.config, single_image=False)
+                prompts.append(data.encode(text, model.tokenizer, [tile]))
+                wanted.append((task, answer))
+    correct = {}
+    for i in range(0, len(prompts), batch_size):
+        answers = model.generate(prompts[i:i + batch_size], range(model.config.layers), max_tokens=2)
+        for (task, answer), ids in zip(wanted[i:], answers):
+            correct.setdefault(task, []).append(model.tokenizer.decode(ids) == answer)
+    return {task: statistics.mean(x) for task, x in correct.items()}
+
+
 def main(argv=None):
     p = Parser(description="Evaluate the shipped miniature.")
     p.add_argument("--questions", type=int, default=1000, metavar="N", help="questions a task and seed (default: 1000)")
@@ -45,7 +68,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     device = placement(args.device)
     dense, visor = (VLM.from_pretrained(name, args.dtype, device) for name in (train.DENSE, NANO))
-    c, rows, everything = visor.config, [], ([], [])
+    c, rows, everything, alone = visor.config, [], ([], []), []
     kept = "name", "sa", "saving", *world.STRATA, "tasks"
 
     def summary(results):
@@ -54,15 +77,16 @@ def main(argv=None):
         eval_set = world.eval_set(seed, args.questions)
         results = (all_results(visor, eval_set, c.viable), all_results(dense, eval_set, [tuple(range(c.layers))]))
         rows.append([{key: row[key] for key in kept} for row in summary(results).rows])
+        alone.append(overview(dense, eval_set))
         for so_far, more in zip(everything, results):
             so_far += more
     text, spread = table(rows)
     summary(everything).draw(ROOT / "assets" / "miniature.png")
     (ROOT / "paper" / "results" / "miniature.json").write_text(json.dumps(
         {"command": "python -m paper.miniature", "dtype": str(visor.image_newline.dtype),
-         "seeds": args.seed or [0, 1, 2], "rows": rows},
-        indent=1) + "\n")
-    print(f"{text}\n\nLargest difference of any number between two of the seeds: {spread:.3f}.")
+         "seeds": args.seed or [0, 1, 2], "rows": rows, "dense_over_the_overview": alone}, indent=1) + "\n")
+    print(f"{text}\n\nLargest difference of any number between two of the seeds: {spread:.3f}.\n\nDense, over the base "
+          "tile alone: " + ", ".join(f"{task} {statistics.mean(x[task] for x in alone):.3f}" for task in alone[0]))
 
 
 if __name__ == "__main__":

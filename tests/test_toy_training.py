@@ -156,7 +156,7 @@ def test_auxiliary_loss_is_a_sigmoid_for_each_word(dense):
     batches = ToyBatches(dense, 0, 2)
     _, _, quilts = batches[1]
     truth = torch.from_numpy(np.maximum(batches.word_targets(quilts, 0), batches.word_targets(quilts, 2)))
-    v = torch.randn(2, 36, 64)
+    v = torch.randn(2, 40, 64)
     plain, true = 0.0, 0
     names = dense.tokenizer.get_vocab()
     for b, quilt in enumerate(quilts):
@@ -222,7 +222,7 @@ def test_layers_are_drawn_from_all_but_the_candidates(dense):
 def test_stage_0s_loss_is_answers_and_words_of_every_level(dense):
     """Against the sum written out, before and after vision is dropped."""
     batches = ToyBatches(dense, 3, 2, 2, auxiliary_weight=0.5, drop_vision_from=5, stage=0)
-    places = world.CELL_TOKENS
+    places = world.PANEL_TOKENS + world.CELL_TOKENS
     for step in (4, 5, 6, 7):
         batch, labels, quilts = item = batches[step]
         rng = np.random.default_rng((3, step))
@@ -232,7 +232,7 @@ def test_stage_0s_loss_is_answers_and_words_of_every_level(dense):
         answers, _ = batches.run_dense(t, v, dense.layout(batch), text_only, frozen)[-1]
         wanted = dense.answer_loss(dense.language_model.norm(answers), labels, batch.t_pos)
         wanted = wanted / data.target_mask(labels, batch.t_pos).sum()
-        truth = np.zeros((2, 36, dense.config.vocab), dtype=np.float32)
+        truth = np.zeros((2, 40, dense.config.vocab), dtype=np.float32)
         for level, state in enumerate(batches.vision_states(batch, t, v, resting)):
             truth = truth + batches.word_targets(quilts, level)
             words = training.auxiliary_loss(dense, state[:, places], torch.from_numpy(truth.clip(max=1)))

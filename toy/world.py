@@ -1,11 +1,13 @@
 """The miniature's world: quilts. Images, questions and answers that follow from a seed; nothing to download.
 
 A quilt is 72 x 72 pixels: four panels (red and green above, blue and yellow below) of 3 x 3 cells, so that a model
-with 36-pixel tiles and 12-pixel patches sees a panel as a tile and a cell as a patch. A cell is blank or has one sign
-(font.py), sewn in cross-stitch: each stitch is a 2 x 2 checkerboard around the cloth's own colour. Averaged two by two,
-as in the base tile, the stitches vanish: the overview alone shows nothing (tests/test_toy.py proves it).
+with 36-pixel tiles and 12-pixel patches sees a panel as a tile and a cell as a patch. A panel is plain, dark or light.
+A cell is blank or has one sign (font.py), sewn in cross-stitch: each stitch is a 2 x 2 checkerboard around the cloth's
+own colour. Averaged two by two, as in the base tile, the stitches vanish: the overview shows the panels' shades and
+nothing else (tests/test_toy.py proves it).
 
-Three kinds of quilt, each with its own questions (TASKS), in two strata:
+Three kinds of quilt, each with its own questions (TASKS), in three strata:
+- coarse: about the panels' shades; the base tile is enough;
 - detail: find a cell and read it; a text token does that by itself, in one cross-attention layer or two;
 - relations: between cells, in parallel over a panel. Each relation that builds on another one needs one more layer in
   which visual tokens look at visual tokens.
@@ -23,7 +25,9 @@ from toy.font import BLANK, DIGITS, FIRST_DIGIT, FIRST_SHAPE, LETTERS, NAMES, SH
 CELL, STITCH, SIDE = 12, 2, 6  # pixels of a cell, of a stitch; cells along a quilt
 SIZE = SIDE * CELL             # pixels along a quilt
 GROUND = {"red": (178, 92, 86), "green": (86, 150, 96), "blue": (88, 110, 176), "yellow": (176, 150, 78)}
+SHADES = {"plain": 0, "dark": -30, "light": 30}  # added to a panel's ground
 CONTRAST, MOTTLE = 64, 10      # a stitch is +- this around its ground; the cloth's own brightness varies by this
+FLOOR, CEILING = 12, 243       # stitches stay between: what is clipped at 0 or 255 would not average away
 
 COLOURS = list(GROUND)         # the panels, row by row
 CELLS = [row + column for row in "abc" for column in "123"]  # of a panel, row by row
@@ -43,13 +47,16 @@ REFERENCE_PROMPT = 9, (SIZE, SIZE)  # text tokens of a question and size of its 
 
 class Task(NamedTuple):
     kinds: str      # the kinds of quilt it is asked about
-    level: int      # 0: one cell shows it; n > 0: n relations that build on one another
+    level: int      # -1: the base tile shows it; 0: one cell shows it; n > 0: n relations that build on one another
     template: str   # the question; {} is its argument
     benchmark: str  # what it stands for
     reason: str     # of relations: why text tokens, which read cells but cannot change them, do not suffice
 
 
 TASKS = {  # text looks at the image once for each cross-attention, head and token of the question
+    "shade": Task("scene copy table", -1, "how is {}", "MME, colour", ""),
+    "count shade": Task("scene copy table", -1, "how many {}", "MME, count", ""),
+    "any shade": Task("scene copy table", -1, "is there any {}", "MME, existence", ""),
     "exist": Task("scene", 0, "is there any {}", "POPE", ""),
     "colour": Task("scene", 0, "what colour is the {}", "GQA", ""),
     "where": Task("scene", 0, "where is the {}", "RealWorldQA", ""),
@@ -69,7 +76,8 @@ TASKS = {  # text looks at the image once for each cross-attention, head and tok
     "updated pairs": Task("table", 3, "how many updated pairs in {}", "DocVQA, several hops", "whether a cell is "
                           "updated for 9 cells, then 6 pairs of neighbours"),
 }
-STRATA = {"detail": [name for name, task in TASKS.items() if task.level == 0],
+STRATA = {"coarse": [name for name, task in TASKS.items() if task.level < 0],
+          "detail": [name for name, task in TASKS.items() if task.level == 0],
           "relations": [name for name, task in TASKS.items() if task.level > 0]}
 KINDS = ["scene", "copy", "table"]
 FILLERS = "is there what the at of how many in".split()  # what captions leave out
@@ -81,6 +89,7 @@ MARKS = ["same", "changed", "even", "odd", "kept", "updated", "single", "pairs"]
 class Quilt(NamedTuple):
     kind: str
     signs: np.ndarray  # (6, 6) index into NAMES, or BLANK
+    shades: list       # of each panel, a word of SHADES
     marks: np.ndarray  # (3, 4, 9) per level 1, 2, 3: the word that its relation gives to each panel's cells, or None
 
 
@@ -97,7 +106,10 @@ def grid(panels):
 def make_quilt(rng, kind):
     """A random quilt of one kind. The order of draws is fixed: what a seed has given once, it gives always."""
     signs, marks = {"scene": _scene, "copy": _copy, "table": _table}[kind](rng)
-    return Quilt(kind, grid(signs), marks)
+    # A quilt has dark cloth, and light, with probability .58 each: then every other quilt has a panel of that shade
+    cloths = ["plain", *(shade for shade in ("dark", "light") if rng.random() < 0.58)]
+    shades = [cloths[i] for i in rng.integers(len(cloths), size=4)]
+    return Quilt(kind, grid(signs), shades, marks)
 
 
 def _scene(rng):
@@ -164,12 +176,19 @@ def _stitches():
 
 
 STITCHES = _stitches()
-CLOTH = np.array(list(GROUND.values()))[grid(np.arange(4).repeat(9).reshape(4, 9)).ravel()]  # (36, 3) of each cell
+PANEL_OF_CELL = grid(np.arange(4).repeat(9).reshape(4, 9)).ravel()  # (36,)
+
+
+def cloth(shades):
+    """(4, 3) RGB of the panels' cloth, and (4, 3) how far stitches on it may go up and down."""
+    ground = np.array(list(GROUND.values())) + np.array([SHADES[shade] for shade in shades])[:, None]
+    return ground, np.minimum(CONTRAST, np.minimum(ground - FLOOR, CEILING - ground))
 
 
 def render(quilt, rng):
     """The quilt as a PIL image of 72 x 72 pixels."""
-    cells = CONTRAST * STITCHES[quilt.signs.ravel()][..., None] + CLOTH[:, None, None]             # (36, 12, 12, 3)
+    ground, contrast = (x[PANEL_OF_CELL][:, None, None] for x in cloth(quilt.shades))              # (36, 1, 1, 3)
+    cells = STITCHES[quilt.signs.ravel()][..., None] * contrast + ground                           # (36, 12, 12, 3)
     image = cells.reshape(SIDE, SIDE, CELL, CELL, 3).transpose(0, 2, 1, 3, 4).reshape(SIZE, SIZE, 3)
     # The cloth's brightness varies from stitch to stitch: without that, a reader who knows every sign could tell 64 %
     # of the letters from the base tile, as a resized checkerboard's edges do not cancel quite
@@ -183,7 +202,9 @@ def is_quilt(image):
         return False
     half = SIZE // 2
     mean = np.asarray(image.convert("RGB"), dtype=float).reshape(2, half, 2, half, 3).mean((1, 3)).reshape(4, 3)
-    return bool(np.abs(mean - np.array(list(GROUND.values()))).max() < 20)
+    grounds = np.stack([cloth([shade] * 4)[0] for shade in SHADES])  # (3, 4, 3)
+    distance = np.abs(mean - grounds).max(-1).min(0)                 # (4,) of each panel to its nearest shade
+    return bool(distance.max() < 20)
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
@@ -192,12 +213,20 @@ def questions(quilt):
     """{task: [(question, answer), ...]}: everything that can be asked about a quilt."""
     asked = {}
     facts = {"scene": _scene_facts, "copy": _copy_facts, "table": _table_facts}[quilt.kind]
-    for task, argument, answer in facts(panels(quilt.signs), quilt.marks):
+    for task, argument, answer in (*_coarse_facts(quilt), *facts(panels(quilt.signs), quilt.marks)):
         asked.setdefault(task, []).append((TASKS[task].template.format(argument), str(answer)))
     return asked
 
 
 # Each of these yields (task, argument of the question, answer). signs (4, 9), marks (3, 4, 9): panel by panel.
+
+def _coarse_facts(quilt):
+    for colour, shade in zip(COLOURS, quilt.shades):
+        yield "shade", colour, shade
+    for shade in ("dark", "light"):
+        yield "count shade", shade, quilt.shades.count(shade)
+        yield "any shade", shade, "yes" if shade in quilt.shades else "no"
+
 
 def _scene_facts(signs, marks):
     for i, shape in enumerate(SHAPES, start=FIRST_SHAPE):
@@ -243,8 +272,10 @@ def conversation(rng, turns, kind=None):
     quilt = make_quilt(rng, kind or KINDS[rng.integers(len(KINDS))])
     left = {task: list(rng.permutation(pairs)) for task, pairs in questions(quilt).items()}
     asked = []
-    while len(asked) < turns and left:  # tasks equally often, though one has 36 questions and another has one
-        task = list(left)[rng.integers(len(left))]
+    while len(asked) < turns and left:
+        # Tasks equally often, though one has 36 questions and another one; but the three coarse ones as often as one
+        weights = np.array([1 / 3 if TASKS[task].level < 0 else 1.0 for task in left])
+        task = list(left)[rng.choice(len(left), p=weights / weights.sum())]
         question, answer = left[task].pop()
         asked.append((task, str(question), str(answer)))
         if not left[task]:
@@ -265,36 +296,47 @@ def caption(asked):
 
 
 def eval_set(seed, n, split=EVAL):
-    """[(image, [(task, question, answer), ...])]: n held-out quilts of each kind, each with one question of every task
-    of its kind. split: TRAIN for those that a router learns from."""
-    rows = []
+    """[(image, [(task, question, answer), ...])]: n held-out quilts of each kind, and n questions of every task that
+    is asked about one kind alone; 2 n of `read`, which is asked about two.
+
+    Each quilt has one question of every task of its kind, and of the coarse tasks, which suit all kinds, one in turn.
+    split: TRAIN for those that a router learns from.
+    """
+    rows, coarse_tasks = [], STRATA["coarse"]
     for i, kind in enumerate(KINDS * n):
         rng = np.random.default_rng((split, seed, i))
         quilt = make_quilt(rng, kind)
         image = render(quilt, rng)
-        rows.append((image, [(task, *pairs[rng.integers(len(pairs))]) for task, pairs in questions(quilt).items()]))
+        coarse = coarse_tasks[(i + i // len(KINDS)) % len(coarse_tasks)]  # three rounds bring each to each kind
+        rows.append((image, [(task, *pairs[rng.integers(len(pairs))]) for task, pairs in questions(quilt).items()
+                             if task == coarse or TASKS[task].level >= 0]))
     return rows
 
 
 # --- what visual tokens are taught in stage 0 -----------------------------------------------------------------------
 
-# Where a quilt's cells stand among its visual tokens: behind 9 of the base tile, in 6 rows of 6 and a newline
+# Where a quilt's panels and cells stand among its visual tokens: 9 of the base tile, then 6 rows of 6 and a newline
+PANEL_TOKENS = [0, 2, 6, 8]  # the corners of the base tile's 3 x 3 tokens: each sees one panel alone
 CELL_TOKENS = [9 + (SIDE + 1) * row + column for row in range(SIDE) for column in range(SIDE)]
 PANEL_ORDER = panels(np.arange(36).reshape(6, 6)).ravel().argsort()  # cells row by row as indices into panel order
 
 
 def words(quilt, level):
-    """36 tuples of words: what is true of each cell at a level, in the order of CELL_TOKENS.
+    """4 + 36 tuples of words: what is true of each panel and cell at a level, in the order of PANEL_TOKENS and
+    CELL_TOKENS.
 
-    Level 0 is what a cell's own pixels show: its colour, place, address, row, sign. Levels 1 to 3 are its relations.
+    Level 0 is what a token's own pixels show: a panel's colour and shade; a cell's colour, place, address, row, sign.
+    Levels 1 to 3 are a cell's relations.
     """
     if level:
+        of_panels = [()] * 4
         of_cells = [(str(mark),) if mark else () for mark in quilt.marks[level - 1].flat]
     else:
+        of_panels = list(zip(COLOURS, quilt.shades))
         of_cells = [(colour, cell, f"{colour}:{cell}", f"{colour}:{cell[0]}") for colour in COLOURS for cell in CELLS]
         signs = [() if sign == BLANK else (NAMES[sign],) for sign in panels(quilt.signs).flat]
         of_cells = [place + sign for place, sign in zip(of_cells, signs)]
-    return [of_cells[i] for i in PANEL_ORDER]
+    return of_panels + [of_cells[i] for i in PANEL_ORDER]
 
 
 # --- the miniature model --------------------------------------------------------------------------------------------
@@ -303,7 +345,7 @@ def tokenizer():
     """A word-level tokenizer with Qwen2's chat markers. What always stands around a turn is one token."""
     plain = sorted({word for task in TASKS.values() for word in task.template.replace("{}", "").split()})
     plain += ["yes", "no", "describe", "quilt"]
-    vocabulary = list(dict.fromkeys(["<unk>", *plain, *NAMES, *MARKS, *COLOURS, *CELLS, *ROWS, *ADDRESSES]))
+    vocabulary = list(dict.fromkeys(["<unk>", *plain, *NAMES, *MARKS, *SHADES, *COLOURS, *CELLS, *ROWS, *ADDRESSES]))
     t = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     t.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("?", "")])
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
