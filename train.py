@@ -71,9 +71,12 @@ def optimizers(model, lr, miniature=False):
     return opts
 
 
-def lr_factor(step, steps, warmup, decay_start=None):
+def lr_factor(step, steps, warmup, decay_start=None, restart=0):
     """The share of the learning rate at a step. Linear warm-up; then a cosine down to 0, or with decay_start constant
-    up to decay_start * steps and linear down to 2 %."""
+    up to decay_start * steps and linear down to 2 %. From step `restart` on all of it once more, at two thirds."""
+    if 0 < restart <= step:
+        return 2 / 3 * lr_factor(step - restart, steps - restart, warmup, decay_start)
+    steps = min(steps, restart or steps)
     up = min(1.0, (step + 1) / max(warmup, 1))
     if decay_start is None:
         return up * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step - warmup) / max(1, steps - warmup))))
@@ -148,7 +151,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
                                      "Begin again in another --out, with a lower --lr" if step > first else
                                      "The weights that it begins with are broken; begin with others"))
             learned = learned or value > 0
-            factor = lr_factor(step, s["steps"], s["warmup"], s["decay_start"])
+            factor = lr_factor(step, s["steps"], s["warmup"], s["decay_start"], s.get("drop_vision_from", 0))
             for opt, _, lr in opts.values():
                 opt.param_groups[0]["lr"] = lr * factor
                 opt.step()
@@ -263,8 +266,8 @@ def parse(argv=None):
     toy.add_argument("--questions", type=int, default=250, metavar="N", help="a task, for the table (default: 250)")
     toy.add_argument("--auxiliary-weight", type=float, metavar="X", help="stage 0: weight of the words that visual "
                      "tokens are taught (default: 1)")
-    toy.add_argument("--drop-vision-from", type=int, metavar="N", help="stage 0: the step from which questions are "
-                     f"answered with vision dropped in random layers (default: {RECIPES[0]['drop_vision_from']})")
+    toy.add_argument("--drop-vision-from", type=int, metavar="N", help="stage 0: the step from which vision is dropped "
+                     f"in random layers, the rate begins anew (default: {RECIPES[0]['drop_vision_from']})")
     toy.add_argument("--largest-first", type=float, metavar="F", help="stage 2: the share of the steps that comes "
                      "first and trains the largest and the smallest configuration alone (default: 0.375)")
     args = p.parse_args(argv)
