@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 import data
+import pictures
 from cli import is_out_of_memory
 
 WINDOW = 8  # batches
@@ -109,7 +110,7 @@ def ask(model, question, choose):
     (text, images), c = question, model.config
     single = len(images) == 1
     shared, own = data.split_shared(data.chatml([data.place_images(text, len(images))]))
-    images = [x if isinstance(x, Image.Image) else data.load_image(x) for x in images]
+    images = [x if isinstance(x, Image.Image) else pictures.load_image(x) for x in images]
     shared = data.encode(shared, model.tokenizer, [data.process_image(x, c, single) for x in images])
     own = data.encode(own, model.tokenizer, start=shared.end)
     dense_vision = sum(data.tiling(*x.size, c.unpacked(), single).tokens for x in images)

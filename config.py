@@ -1,23 +1,16 @@
-"""The architecture's numbers, and how each family's config.json says them.
+"""The architecture's numbers: what they may be, VISOR's default layers, the published sizes.
 
-Imports no torch (1.5 s), nor do data.py and flops.py: so flops.py and every --help answer at once. That is why the
-families' config.json files are read here and not in weights.py.
+Imports no torch (1.5 s), nor do families.py, data.py and flops.py: so flops.py and every --help answer at once.
 """
 import json
 import math
 import re
-import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from pathlib import Path
-
-from cli import read_json
+from typing import NamedTuple
 
 PAD = 1 << 30  # positions from here on belong to padding; every real token stands before it
 PINPOINTS = tuple((w, h) for w in range(1, 7) for h in range(1, 7))  # LLaVA-OneVision's 36 tile grids, in tiles
-VISION_TOWERS = {  # original LLaVA files name their tower instead of describing it
-    "google/siglip-so400m-patch14-384": dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
-                                             num_attention_heads=16, image_size=384, patch_size=14)}
 PAPER_SA = (1, 4, 7, 10, 13, 16, 19, 22)
 PAPER_VIABLE = (  # appendix A, for 24 layers; 13 is a candidate that none of them uses
     (1, 4), (1, 7), (1, 4, 7), (1, 4, 16), (1, 7, 16), (1, 10, 16), (1, 4, 7, 16), (1, 4, 7, 22), (1, 4, 10, 16),
@@ -40,6 +33,15 @@ LIMITS = {
 LONGEST = 1024               # entries that a list of settings may have
 GRID = range(1, 65)          # tiles along a side of a grid
 TOKENS = range(1 << 24)      # token ids
+
+
+PIXELS = "overview", "all"   # what is seen of an image: its base tile alone, or every tile
+
+
+class Plan(NamedTuple):
+    """How a question is answered: the self-attention layers that run, and what is seen of the image."""
+    sa: tuple
+    pixels: str = "all"
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Config:
     ca: tuple = ()                  # layers that have a cross-attention (paper 4.2.1)
     sa: tuple = ()                  # layers that may run as self-attention over both streams (paper 4.2.2)
     viable: tuple = ()              # configurations (subsets of sa) that the model is trained for (paper 4.2.3)
+    overview: tuple = ()            # those that it is trained for over an image's base tile alone
     router: bool = False            # it has a policy that chooses among them (paper 4.3)
     route_threshold: float = 1.0    # the router takes the costliest configuration at least as likely; 1: the likeliest
     stop_ids: tuple = ()            # tokens that end an answer, beside <|im_end|>
@@ -100,6 +103,15 @@ class Config:
         In a layer of sa its cross-attention is not run (Eq. 3)."""
         cross = [l for l in self.ca if l not in sa]
         return cross, max([*sa, *cross], default=-1)
+
+    @property
+    def plans(self):
+        """All that the model is trained for, the overview first."""
+        return tuple(Plan(sa, pixels) for pixels in PIXELS for sa in self.configurations(pixels))
+
+    def configurations(self, pixels):
+        """Those that the model is trained for, with these pixels."""
+        return self.viable if pixels == "all" else self.overview
 
     @property
     def route_layer(self):
@@ -131,15 +143,21 @@ class Config:
     def _check_layers(self):
         own = range(self.layers)
         self.ca, self.sa = (numbers(f"{x}: layer", getattr(self, x), own, ascending=True) for x in ("ca", "sa"))
-        self.viable = tuple(numbers("viable: layer", v, own, ascending=True) for v in entries("viable", self.viable))
-        for v in self.viable:
-            if not set(v) <= set(self.sa):
-                raise ValueError(f"viable configuration {v} has layers that are not among the candidates sa {self.sa}")
-        if len(set(self.viable)) < len(self.viable):
-            raise ValueError("viable: a configuration is named twice")
+        for name in ("viable", "overview"):
+            found = [numbers(f"{name}: layer", x, own, ascending=True) for x in entries(name, getattr(self, name))]
+            setattr(self, name, tuple(found))
+            for x in found:
+                if not set(x) <= set(self.sa):
+                    raise ValueError(f"{name} configuration {x} has layers that are not among the candidates sa "
+                                     f"{self.sa}")
+            if len(set(found)) < len(found):
+                raise ValueError(f"{name}: a configuration is named twice")
 
     def to_json(self):
-        return json.dumps({"model_type": "visor", **asdict(self)}, indent=1)
+        """config.json: viable is a list of plans."""
+        settings = {"model_type": "visor", **asdict(self), "viable": [plan._asdict() for plan in self.plans]}
+        del settings["overview"]
+        return json.dumps(settings, indent=1)
 
     def add_visor(self, ca=None, sa=None, viable=None):
         """Sets ca, sa and viable, with defaults for what is None: a third of the layers each, stride 3 (paper 4.2.3,
@@ -234,211 +252,3 @@ PRESETS = {
 def preset(model):
     """The Config of a published size, with VISOR's default layers."""
     return Config(**PRESETS[model]).add_visor()
-
-
-# --- config.json of each family -------------------------------------------------------------------------------------
-
-MEND = "get the checkpoint's files again"
-# Our names: theirs, and what a file that leaves it out means (the defaults of transformers)
-QWEN2 = {"hidden": ("hidden_size", 4096), "layers": ("num_hidden_layers", 32), "heads": ("num_attention_heads", 32),
-         "kv_heads": ("num_key_value_heads", 32), "ffn": ("intermediate_size", 22016), "vocab": ("vocab_size", 151936),
-         "rms_eps": ("rms_norm_eps", 1e-6), "tied": ("tie_word_embeddings", False)}
-SIGLIP = {"vision_hidden": ("hidden_size", 768), "vision_ffn": ("intermediate_size", 3072),
-          "vision_layers": ("num_hidden_layers", 12), "vision_heads": ("num_attention_heads", 12),
-          "vision_eps": ("layer_norm_eps", 1e-6), "tile": ("image_size", 224), "patch": ("patch_size", 16)}
-# What data.py does with pixels; and what generation does not do, with the value that asks for nothing
-PREPROCESSING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True, "do_rescale": True,
-                 "do_normalize": True}
-NOT_FOLLOWED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
-                "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {}}
-
-
-def read_config(directory):
-    """The Config of a checkpoint directory (LLaVA-OneVision by llava-hf or lmms-lab, or our own). Raises ValueError."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: {directory} is no checkpoint directory")
-    raw = read_json(path, mend=MEND)
-    try:
-        if raw.get("model_type") == "visor":
-            known = {f.name for f in fields(Config)}
-            if unknown := sorted(set(raw) - known - {"model_type"}):
-                raise ValueError(f"settings {short(', '.join(unknown))} are unknown to this version")
-            config = Config(**{k: v for k, v in raw.items() if k in known})
-        elif raw.get("model_type") == "llava_onevision":
-            config = _llava_hf(raw)
-        elif "mm_vision_tower" in raw:
-            config = _llava_original(raw)
-        else:
-            raise ValueError(f"model_type {short(raw.get('model_type'))} is no LLaVA-OneVision or VISOR checkpoint; "
-                             "give one, or a SigLIP and a Qwen2 directory as SIGLIP+QWEN2")
-        text = _part(raw, "text_config", needed=False)
-        config.stop_ids = tuple(sorted({*config.stop_ids, *_stop_ids(raw, "eos_token_id"),
-                                        *_stop_ids(text, "text_config.eos_token_id")}))
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-    return _with_other_files(config, directory)
-
-
-def join_configs(vision_directory, llm_directory):
-    """The Config of a SigLIP and a Qwen2 directory put together, with SigLIP's last layer left out as LLaVA does."""
-    parts = {}
-    for directory, kinds, read in ((vision_directory, ("siglip", "siglip_vision_model"), _siglip_directory),
-                                   (llm_directory, ("qwen2",), _qwen2)):
-        path = Path(directory) / "config.json"
-        raw = read_json(path, mend=MEND)
-        try:
-            if raw.get("model_type") not in kinds:
-                raise ValueError(f"model_type {short(raw.get('model_type'))}, but {kinds[0]} is needed")
-            parts |= read(raw)
-            stop_ids = _stop_ids(raw, "eos_token_id")
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
-    try:
-        config = Config(**parts, stop_ids=stop_ids, stage="pretrained")
-    except ValueError as e:
-        raise ValueError(f"config.json of {vision_directory} and {llm_directory}: {e}") from None
-    return _with_other_files(config, llm_directory)
-
-
-def _with_other_files(config, directory):
-    """The Config with what generation_config.json and preprocessor_config.json say. Raises ValueError."""
-    for name in ("generation_config.json", "preprocessor_config.json"):
-        path = Path(directory) / name
-        if not path.is_file():
-            continue
-        raw = read_json(path, mend=MEND)
-        try:
-            if name.startswith("pre"):
-                for key, value in PREPROCESSING.items():
-                    _expect(raw, key, value)
-                continue
-            config.stop_ids = tuple(sorted({*config.stop_ids, *_stop_ids(raw, "eos_token_id")}))
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
-        if other := [key for key, neutral in NOT_FOLLOWED.items() if raw.get(key) not in (neutral, None)]:
-            print(f"{path}: {', '.join(other)} not followed", file=sys.stderr)
-    return config
-
-
-def _stop_ids(raw, said):
-    """The tokens that a file says end an answer: none, one, or a list."""
-    found = raw.get("eos_token_id")
-    return numbers(said, found if isinstance(found, list) else [] if found is None else [found], TOKENS)
-
-
-def _part(raw, name, needed=True):
-    """An object inside a config.json."""
-    part = raw.get(name)
-    if part is None and not needed:
-        return {}
-    if not isinstance(part, dict):
-        raise ValueError(f"{name} is missing" if part is None else f"{name} {short(part)}: must be an object")
-    return part
-
-
-def _given(raw, name):
-    """What an object inside a config.json says, without what it leaves open."""
-    return {k: v for k, v in _part(raw, name, needed=False).items() if v is not None}
-
-
-def _expect(raw, name, value, where=""):
-    """Refuses a setting that we do not do; a file may leave it out."""
-    if raw.get(name) not in (value, None):
-        raise ValueError(f"{where}{name} {short(raw[name])} is not supported, only {json.dumps(value)}")
-
-
-def _take(raw, names, where):
-    """Settings by our names, checked."""
-    return {ours: checked(ours, default if raw.get(theirs) is None else raw[theirs], where + theirs)
-            for ours, (theirs, default) in names.items()}
-
-
-def _refuse_quantised(*raws):
-    for raw in raws:
-        if name := next((k for k in ("quantization_config", "compression_config") if raw.get(k)), None):
-            raise ValueError(f"{name}: quantised weights are not supported; get the checkpoint that they were made of")
-
-
-def _qwen2(raw, where=""):
-    """Our names for Qwen2's."""
-    _refuse_quantised(raw)
-    _expect(raw, "hidden_act", "silu", where)
-    _expect(raw, "use_sliding_window", False, where)
-    rope = {"rope_theta": 1e4 if raw.get("rope_theta") is None else raw["rope_theta"],
-            **_given(raw, "rope_scaling"), **_given(raw, "rope_parameters")}
-    for name, value in (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0)):
-        _expect(rope, name, value, where + "rope_parameters.")
-    if any(x != "full_attention" for x in entries(where + "layer_types", raw.get("layer_types") or ())):
-        raise ValueError(f"{where}layer_types: only full_attention is supported")
-    found = _take(raw, QWEN2, where)
-    head_dim = found["hidden"] // found["heads"] if raw.get("head_dim") is None else raw["head_dim"]
-    return {**found, "head_dim": checked("head_dim", head_dim, where + "head_dim"),
-            "rope_theta": checked("rope_theta", rope["rope_theta"], where + "rope_theta")}
-
-
-def _siglip(raw, feature_layer, where=""):
-    """Our names for SigLIP's. feature_layer -1: the output of the last layer; -2: of the one before."""
-    if type(feature_layer) is not int or not -512 <= feature_layer < 0:
-        raise ValueError(f"vision_feature_layer {short(feature_layer)} is not supported, only one negative number")
-    _refuse_quantised(raw)
-    _expect(raw, "hidden_act", "gelu_pytorch_tanh", where)
-    _expect(raw, "num_channels", 3, where)
-    found = _take(raw, SIGLIP, where)
-    kept = found["vision_layers"] + 1 + feature_layer
-    return {**found, "vision_layers": checked("vision_layers", kept, "layers up to vision_feature_layer")}
-
-
-def _siglip_directory(raw):
-    """Of a SigLIP with a text tower or without."""
-    where = "vision_config." if "vision_config" in raw else ""
-    return _siglip(_part(raw, "vision_config") if where else raw, feature_layer=-2, where=where)
-
-
-def _anyres(name, aspect, pinpoints, tile):
-    """max_tiles from "anyres_max_9" or "anyres"; grids in tiles from sizes in pixels, (width, height)."""
-    match = re.fullmatch(r"anyres(?:_max_(\d{1,4}))?", aspect) if isinstance(aspect, str) else None
-    if not match:
-        raise ValueError(f"{name} {short(aspect)} is not supported, only anyres or anyres_max_N")
-    sizes = [numbers("image_grid_pinpoints", p, range(1, 1 << 18)) for p in entries("image_grid_pinpoints", pinpoints)]
-    if bad := [p for p in sizes if len(p) != 2 or p[0] % tile or p[1] % tile]:
-        raise ValueError(f"image_grid_pinpoints {bad[0]}: must be multiples of the tile's {tile} pixels, two each")
-    return dict(max_tiles=checked("max_tiles", int(match[1]), name) if match[1] else None,
-                pinpoints=[(w // tile, h // tile) for w, h in sizes])
-
-
-def _llava_hf(raw):
-    text, vision = _part(raw, "text_config"), _part(raw, "vision_config")
-    _refuse_quantised(raw)
-    _expect(text, "model_type", "qwen2", "text_config.")
-    _expect(vision, "model_type", "siglip_vision_model", "vision_config.")
-    for name, value in (("projector_hidden_act", "gelu"), ("vision_feature_select_strategy", "full"),
-                        ("multimodal_projector_bias", True), ("use_image_newline_parameter", True)):
-        _expect(raw, name, value)
-    layer = raw.get("vision_feature_layer")
-    sizes = {**_qwen2(text, "text_config."), **_siglip(vision, -1 if layer is None else layer, "vision_config.")}
-    ties = [c["tie_word_embeddings"] for c in (raw, text) if c.get("tie_word_embeddings") is not None]
-    # Hub files of the 0.5B say both; the loader looks for a head as well
-    sizes["tied"] = bool(ties) and all(checked("tied", x, "tie_word_embeddings") for x in ties)
-    aspect, grids, tile = raw.get("vision_aspect_ratio"), raw.get("image_grid_pinpoints"), sizes["tile"]
-    if grids is None:
-        grids = [(a * tile, b * tile) for a, b in PINPOINTS]
-    found = _anyres("vision_aspect_ratio", "anyres_max_9" if aspect is None else aspect, grids, tile)
-    found["pinpoints"] = [p[::-1] for p in found["pinpoints"]]  # Hugging Face has (height, width)
-    return Config(**sizes, **found, unpad="hf", transparency="white", stage="pretrained")
-
-
-def _llava_original(raw):
-    tower = raw["mm_vision_tower"]
-    if not isinstance(tower, str) or tower not in VISION_TOWERS:
-        raise ValueError(f"mm_vision_tower {short(tower)} is unknown, only {', '.join(VISION_TOWERS)}")
-    for name, value in (("mm_projector_type", "mlp2x_gelu"), ("mm_resampler_type", None),
-                        ("mm_use_im_start_end", False), ("mm_vision_select_layer", -2),
-                        ("mm_vision_select_feature", "patch"), ("mm_hidden_size", VISION_TOWERS[tower]["hidden_size"])):
-        _expect(raw, name, value)
-    for name, absent in (("mm_patch_merge_type", "flat"), ("image_aspect_ratio", "square")):  # as the original code
-        raw = {**raw, name: raw.get(name) or absent}
-    _expect(raw, "mm_patch_merge_type", "spatial_unpad")
-    vision = _siglip(VISION_TOWERS[tower], feature_layer=-2)
-    return Config(**_qwen2(raw), **vision, stage="pretrained", **_anyres(
-        "image_aspect_ratio", raw["image_aspect_ratio"], raw.get("image_grid_pinpoints"), vision["tile"]))

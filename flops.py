@@ -19,8 +19,9 @@ import sys
 from pathlib import Path
 
 from cli import Parser, checkpoint_path, counted, run
-from config import LIMITS, PRESETS, checked, preset, read_config
+from config import LIMITS, PRESETS, checked, preset
 from data import tiling
+from families import read_config
 
 # --- operations -----------------------------------------------------------------------------------------------------
 

@@ -18,10 +18,10 @@ from cache_tree import CacheTree
 from cli import not_finite, timer
 from config import group_by_configuration
 from data import Prompt, collate, target_mask
+from decoding import NOT_FINITE, decode, sample_token
 from encoders import normalise, send
 from encoders.siglip import VisionTower
 from flops import llm_flops
-from decoding import NOT_FINITE, decode, sample_token
 from layers import Block, Connector, CrossAttention, Policy, RMSNorm, linear
 from layout import LayerCache, Past, compute_dtype, make_layout, make_routing_layout, round_up, upload
 from reduction import reduce

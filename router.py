@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import pictures
 import report
 from cli import Parser, append_rows, atomic, checkpoint_path, free_threads, not_finite, placement, run
 from flops import llm_flops, sa_name
@@ -64,7 +65,7 @@ def image_batches(eval_set, config, done=(), progress=False, batch_size=128, tok
 
 def opened(image):
     """The PIL image of an evaluation set, which has paths where it comes from a file."""
-    return data.load_image(image) if isinstance(image, Path) else image
+    return pictures.load_image(image) if isinstance(image, Path) else image
 
 
 @torch.no_grad()

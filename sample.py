@@ -29,6 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
+import pictures
 from answers import answers
 from cli import Parser, checkpoint_path, counted, leave, placement, run, signals, writing
 from config import branch_layers
@@ -198,11 +199,11 @@ def main(argv=None):
     args = parse(argv)
     if args.batch:
         return answer_file(args)
-    images = [data.load_image(path) for path in args.image]  # before the model: mistakes show at once
+    images = [pictures.load_image(path) for path in args.image]  # before the model: mistakes show at once
     texts = [text_of(q, len(images)) for q in args.q]
     model = load_model(args)
     c, single = model.config, len(images) == 1
-    images = [data.to_rgb(image, c.transparency) for image in images]
+    images = [pictures.to_rgb(image, c.transparency) for image in images]
     processed = [data.process_image(image, c, single) for image in images]
     dense_vision = sum(data.tiling(*image.size, c.unpacked(), single).tokens for image in images)
     if not images:

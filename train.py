@@ -30,7 +30,8 @@ import router
 from checkpoints import SETTINGS, damaged, drop_rows_after, is_checkpoint, locked, newest, read_state, restore, save
 from cli import (NANO, Parser, Unwritable, append_rows, checkpoint_path, choose_dtype, free_threads, interrupts,
                  placement, run)
-from config import checked, read_config
+from config import checked
+from families import read_config
 from flops import sa_name
 from llava.batches import ConversationBatches
 from llava.samples import Samples, eval_questions, reference_prompt

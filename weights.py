@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cli import atomic, choose_dtype, read_json
-from config import join_configs, read_config, short
+from config import short
 from data import load_tokenizer, vocabulary_size
+from families import join_configs, read_config
 
 # Names in files -> our names: the first prefix that fits is replaced; None: left out on purpose. What fits none keeps
 # its name, as our own checkpoints do.

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 import cli
 import data
-from config import read_config
-from data import SampleError
+from families import read_config
 from llava.samples import KINDS, Samples
+from pictures import SampleError
 
 TARGET, OTHER = ("[[", "]]"), ("", "")  # what stands around the tokens of --show
 GREEN, RED = ("\033[32m", "\033[0m"), ("\033[31m", "\033[0m")  # on a terminal

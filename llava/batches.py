@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 import data
 from cli import append_rows, die_with_parent, read_rows
-from data import SampleError
 from llava.samples import Sample, step_indices
+from pictures import SampleError
 
 
 class ConversationBatches:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import atomic, unique_keys
-from data import SampleError
+from pictures import SampleError
 
 MARK = re.compile(rb'["\[\]{},]')  # all that matters to the depth of nested JSON, where no string holds it
 NONBLANK = re.compile(rb"\S")

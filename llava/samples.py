@@ -14,9 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 import data
-from data import IMAGE, SampleError
+import pictures
+from data import IMAGE
 from llava.index import JsonIndex, flaw, kind_of
 from llava.mixtures import read_mixture, subsample
+from pictures import SampleError
 
 KINDS = ("malformed line", "turns", "empty answer", "wrong key", "placeholders", "video", "missing image",
          "broken image", "oversized image", "too long")  # of SampleErrors, in the order of reports
@@ -86,7 +88,7 @@ class Samples:
     def sample(self, i):
         """Sample i. Raises SampleError, or nearly anything where a file holds nonsense."""
         system, turns, paths = self.raw(i)
-        images = [data.load_image(path) for path in paths] or None  # None: text alone
+        images = [pictures.load_image(path) for path in paths] or None  # None: text alone
         single_image = len(paths) == 1
         pieces = data.turns_to_learn(turns, system) if self.rule == "assistant" else whole_turns(turns, system)
         for max_tiles in self.tile_limits(images):
@@ -308,4 +310,4 @@ def reference_prompt(samples, eval_set, results):
     image, [(_, question, _)] = eval_set[results[0]["image"]]
     tokens = samples.tokenizer.encode(data.chatml([question]), add_special_tokens=False).ids
     subsets = dict.fromkeys(r["task"] for r in results)  # without repetition, in order
-    return {"all": list(subsets)}, len(tokens), data.load_image(image).size
+    return {"all": list(subsets)}, len(tokens), pictures.load_image(image).size

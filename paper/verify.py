@@ -29,12 +29,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import Parser, checkpoint_path, choose_dtype, counted, placement, read_json, run, timer, writing
-from config import read_config, short
-from data import (Prompt, chatml, collate, encode, load_image, load_tokenizer, place_images, process_image,
-                  vocabulary_size)
+from config import short
+from data import Prompt, chatml, collate, encode, load_tokenizer, place_images, process_image, vocabulary_size
+from families import read_config
 from model import VLM
 from paper.equalities import QUESTIONS, TOKENS, encoded, equalities, likeliest
 from paper.systems import machine
+from pictures import load_image
 from weights import find, weight_files
 
 END = -1  # in place of the token that ends an answer, as a model may have several
@@ -143,8 +144,8 @@ def load_theirs(directory, dtype, device):
     """transformers' model and image processor. Raises ValueError."""
     import transformers
     try:
-        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-            LlavaOnevisionImageProcessorPil as Processor)
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import \
+            LlavaOnevisionImageProcessorPil as Processor
     except ImportError:
         raise ValueError(f"transformers {transformers.__version__} is too old to compare with: pip install -U "
                          "'transformers>=5'") from None

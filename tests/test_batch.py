@@ -12,6 +12,7 @@ import torch
 
 import answers
 import data
+import pictures
 import sample
 from answers import Answer, batches
 from cli import NANO
@@ -75,7 +76,7 @@ def questions_of(folder):
 def alone(model, question, sa="auto", **how):
     """(tokens, route) of a question by itself."""
     (text, paths), routes = question, []
-    images = [data.process_image(data.load_image(x), model.config, len(paths) == 1) for x in paths]
+    images = [data.process_image(pictures.load_image(x), model.config, len(paths) == 1) for x in paths]
     prompt = data.encode(data.chatml([data.place_images(text, len(paths))]), model.tokenizer, images)
     return model.generate([prompt], sa, routes=routes, **how)[0], routes[0]
 
@@ -125,8 +126,8 @@ def test_batches_are_of_similar_size_and_bounded(model):
 
 
 def test_images_are_decoded_when_their_batch_is_due(model, folder, loaded, monkeypatch):
-    events, load = [], data.load_image
-    monkeypatch.setattr(data, "load_image", lambda path: (events.append("image"), load(path))[1])
+    events, load = [], pictures.load_image
+    monkeypatch.setattr(pictures, "load_image", lambda path: (events.append("image"), load(path))[1])
     generate, taken = VLM.generate, []
     monkeypatch.setattr(VLM, "generate", lambda *a, **k: (events.append("batch"), generate(*a, **k))[1])
     endless = (taken.append(i) or ("hi", [folder / "0.png"]) for i in range(10**9))

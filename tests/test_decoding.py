@@ -18,7 +18,6 @@ from paper.systems import Kernels
 from tests import tiny
 
 
-
 def prompts_of(m, n=1):
     return [encode(chatml(["<image>\nWhat" + " is it" * i]), m.tokenizer, [process_image(tiny.image(60 + 30 * i, 50),
                                                                                          m.config)]) for i in range(n)]

@@ -11,6 +11,7 @@ import torch
 import checkpoints
 import data
 import encoders
+import pictures
 import router
 import train
 from config import Config
@@ -155,8 +156,8 @@ def questions_of(model, file):
 @pytest.fixture
 def loads(monkeypatch):
     """Names of the images decoded, in order."""
-    found, real = [], data.load_image
-    monkeypatch.setattr(data, "load_image", lambda path: found.append(Path(path).name) or real(path))
+    found, real = [], pictures.load_image
+    monkeypatch.setattr(pictures, "load_image", lambda path: found.append(Path(path).name) or real(path))
     return found
 
 

@@ -37,6 +37,7 @@ import train
 from llava.index import JsonIndex
 from llava.samples import Samples, eval_questions
 from model import VLM
+from pictures import load_image
 from tests import tiny, worlds
 from tests.fuzzing import ROOT, Kind, check_line, distinct, faults, quiet, short
 from tests.mutations import (change_bytes, change_json, change_lines, change_picture, change_safetensors, change_text,
@@ -179,7 +180,7 @@ tokenizer = lru_cache(tiny.tokenizer)
 
 def read_picture(x):
     Path("picture").write_bytes(x)
-    image = data.load_image("picture")
+    image = load_image("picture")
     for single in (True, False):
         data.process_image(image, tiny.config(), single)
 

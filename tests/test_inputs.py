@@ -10,9 +10,9 @@ from PIL import Image
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from config import PAD, Config
-from data import (NORMALISED, chatml, collate, encode, join, labelled, load_image, load_tokenizer, place_images,
-                  process_image, split_shared, target_mask, tiling, to_rgb, turns_to_learn, vocabulary_size,
-                  with_blank)
+from data import (NORMALISED, chatml, collate, encode, join, labelled, load_tokenizer, place_images, process_image,
+                  split_shared, target_mask, tiling, turns_to_learn, vocabulary_size, with_blank)
+from pictures import load_image, to_rgb
 from tests import tiny
 
 GOLDEN = {  # (width, height): grid rows, columns; kept rows, columns; tokens. By the original's rule

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import data
+import pictures
 from cli import run
-from data import SampleError
 from llava.__main__ import check, main
 from llava.batches import ConversationBatches
 from llava.index import JsonIndex
 from llava.mixtures import expand_braces, read_mixture, subsample
 from llava.samples import KINDS, Samples, conversation, eval_questions, reference_prompt, step_indices
+from pictures import SampleError
 from tests import tiny, worlds
 
 NASTY = ['{"a": [1, 2]}', "quote \" and \\ and \\\" end", "},{][", "ünïcode ☃", "line\nbreak\ttab", ""]
@@ -316,7 +317,7 @@ def test_questions_for_the_router_are_those_about_single_images(tmp_path, capsys
         assert subset == subsets[k // 4] and image.is_file() and (f"<image>\n{question}", answer) in pairs
     results = [{"image": k, "task": subset} for k, (_, [(subset, *_)]) in enumerate(questions)]
     groups, text_tokens, size = reference_prompt(every, questions, results)
-    assert groups == {"all": subsets} and size == data.load_image(questions[0][0]).size
+    assert groups == {"all": subsets} and size == pictures.load_image(questions[0][0]).size
     assert text_tokens == len(tiny.tokenizer().encode(data.chatml([questions[0][1][0][1]])).ids)
     text = samples(written(tmp_path / "text.json", [talk("Q", "A")]))
     with pytest.raises(ValueError, match="no question about a single image"):

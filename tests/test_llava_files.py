@@ -13,11 +13,11 @@ import pytest
 
 import llava.index
 from cli import run
-from data import SampleError
 from llava.__main__ import main
 from llava.index import JsonIndex
 from llava.mixtures import MOST_FILES, expand_braces, read_mixture
 from llava.samples import conversation
+from pictures import SampleError
 from tests import tiny, worlds
 from tests.test_llava import samples, talk, written
 

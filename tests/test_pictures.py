@@ -14,8 +14,10 @@ import pytest
 from PIL import Image, ImageOps
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from config import Config, read_config
-from data import NORMALISED, SampleError, load_image, process_image, to_rgb
+from config import Config
+from data import NORMALISED, process_image
+from families import read_config
+from pictures import SampleError, load_image, to_rgb
 from tests import tiny
 
 
