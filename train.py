@@ -27,30 +27,20 @@ from torch.utils.checkpoint import checkpoint as run_twice
 from tqdm import tqdm
 
 import router
-from checkpoints import SETTINGS, damaged, drop_rows_after, is_checkpoint, locked, newest, read_state, restore, save
-from cli import (NANO, Parser, Unwritable, append_rows, checkpoint_path, choose_dtype, free_threads, interrupts,
-                 placement, run)
+from checkpoints import SETTINGS, drop_rows_after, locked, newest, read_state, restore, save
+from cli import Parser, Unwritable, append_rows, checkpoint_path, free_threads, interrupts, placement, run
 from config import checked
 from families import read_config
 from flops import sa_name
-from llava.batches import ConversationBatches
 from llava.samples import Samples, eval_questions, reference_prompt
 from model import VLM
 from parallel import Distributed, full_tensor, shard
+from stages import (DEFAULTS, DENSE, first_model, first_settings, given_settings, go_on_with, load, make_batches,
+                    set_trainable)
 from toy import world
 from toy.muon import Muon
-from toy.training import RECIPES, ToyBatches, init_weights, matrices_of
+from toy.training import RECIPES, matrices_of
 from weights import parts
-
-DENSE = NANO / "dense"  # where the miniature starts from
-
-# On training files, with 128 samples a step (paper 5.1; stage 0 as LLaVA's first stage)
-LEARNING_RATES = {0: 1e-3, 1: 1e-4, 2: 1e-5}
-ROUTER_RECIPE = dict(batch_size=16, steps=1000, lr=3e-3, warmup=20, decay_start=0.5, questions=500, labels="task",
-                     leave_out=(), label_smoothing=0.0)
-DEFAULTS = dict(keep=2, workers=0, micro_batch_size=4, max_bad=0.01, sample_every=0, dtype="float32", compile=False,
-                fsdp=False, checkpointing=False, overfit=False)  # of every stage; a resumed run may change them
-
 
 # --- optimisers and schedule ------------------------------------------------------------------------------------------
 
@@ -82,32 +72,6 @@ def lr_factor(step, steps, warmup, decay_start=None, restart=0):
     if decay_start is None:
         return up * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step - warmup) / max(1, steps - warmup))))
     return up * (1 - 0.98 * max(0.0, step / steps - decay_start) / (1 - decay_start))
-
-
-# --- what a stage trains, and on what ---------------------------------------------------------------------------------
-
-def make_batches(model, stage, out, s, samples, distributed):
-    """What a stage learns from. For stage 3 the pseudo-labels are made first (4.3)."""
-    if samples is not None and stage < 3:
-        return ConversationBatches(model, stage, samples, s, out, distributed)
-    if stage < 3:
-        return ToyBatches(model, s["seed"], s["batch_size"], s["turns"], s.get("auxiliary_weight", 0.0),
-                          s.get("drop_vision_from", 0), s.get("largest_first", 0), s["steps"], stage)
-    n, seed = s["questions"], s["seed"]
-    eval_set = eval_questions(samples, n, seed) if samples else world.eval_set(seed, n, world.TRAIN)
-    results = router.log_results(out / "labels.jsonl", model, eval_set)
-    targets = router.pseudo_labels(model.config.viable, results, s["labels"], s["leave_out"])
-    return router.RouterBatches(model, eval_set, targets, s["seed"], s["batch_size"], s["label_smoothing"])
-
-
-def set_trainable(model, stage, joined=False):
-    """What a stage trains. Stage 0 of a joined SigLIP and Qwen2 trains the connector between them, which is new."""
-    model.requires_grad_(stage in (0, 2) and not joined)
-    for module in {1: [model.language_model.cross], 3: [model.router]}.get(stage, []):
-        module.requires_grad_(True)
-    if joined:
-        model.multi_modal_projector.requires_grad_(True)
-        model.image_newline.requires_grad_(True)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -291,59 +255,6 @@ def parse(argv=None):
     return args
 
 
-def first_model(stage, source, args, out):
-    """The model that a stage begins with. source: a checkpoint's name, or None."""
-    miniature, seed = args.data == "toy", args.seed or 0
-    if stage == 0 and not source and miniature:
-        torch.manual_seed(seed)
-        return init_weights(VLM(world.config()))
-    source = checkpoint_path(source) if source else newest(out, range(stage))
-    if not source and not miniature:
-        raise ValueError("nothing to start from: give a checkpoint with --model, or an --out with an earlier stage")
-    source = source or (NANO if stage == 3 else DENSE)
-    model = VLM.from_pretrained(source)
-    if is_checkpoint(Path(source)):  # of a run; a copy under another name is a model as any other
-        state = read_state(Path(source))
-        if state["step"] < state["steps"]:
-            print(f"{source} has only {state['step']} of its {state['steps']} steps", file=sys.stderr)
-    missing = 1 if not model.config.ca else 2 if model.config.stage == "1" else 3  # the stage that comes next
-    if stage > missing and not (stage == 2 and args.skip_stage_1):
-        raise ValueError(f"{source} has not been through stage {missing}: python train.py --stage {missing} --model "
-                         f"{source} makes what stage {stage} begins with" + ", or give --skip-stage-1" * (stage == 2))
-    if stage == 3:
-        recipe = RECIPES[3] if miniature else ROUTER_RECIPE
-        torch.manual_seed(seed)
-        # Chance decides many of the oracle's choices: then every configuration has some probability
-        smoothing = 0.0 if args.labels == "sample" else recipe["label_smoothing"]
-        return model.add_router(router.conservative_threshold(smoothing, len(model.config.viable)))
-    if stage and not model.config.ca:
-        model.add_cross_attention(*((world.CA, world.SA, world.VIABLE) if miniature else ()))
-    return model.remove_router()
-
-
-def first_settings(stage, args, model, samples):
-    """The settings of a stage that begins: its recipe, and what the command line gives."""
-    given = given_settings(args)
-    dtype, _ = choose_dtype("auto" if samples else "float32", model.device, math.inf)
-    common = {**DEFAULTS, "seed": 0, "save_every": 200, "dtype": str(dtype)[6:], "threads": torch.get_num_threads(),
-              "joined": stage == 0 and model.config.stage == "pretrained"}
-    if samples is None:
-        return {**common, **RECIPES[stage], "turns": 10, **given}
-    if stage == 3:
-        return {**common, **ROUTER_RECIPE, "samples": len(samples), **given}
-    size = given.get("batch_size", 128)
-    steps = given.get("steps", -(-len(samples) // size))  # once through the file
-    return {**common, "workers": 2, "sample_every": 100, "batch_size": size, "steps": steps,
-            "lr": LEARNING_RATES[stage], "decay_start": None, "warmup": -(-3 * steps // 100), "label_rule": "assistant",
-            "samples": len(samples), **given}
-
-
-def given_settings(args):
-    """What the command line gives of a run's settings."""
-    names = [name for name in (*SETTINGS, "leave_out") if name not in ("stage", "questions")]
-    return {name: v for name in names if (v := getattr(args, name, None)) is not None and v is not False}
-
-
 def main(argv=None):
     args = parse(argv)
     if args.data != "toy" and not Path(args.data).is_file():
@@ -404,33 +315,6 @@ def run_stage(stage, source, args, out, distributed):
     if settings.get("step") != settings["steps"]:
         model = train(model, stage, out, settings, checkpoint, samples, distributed)
     return model, samples, settings
-
-
-def load(checkpoint):
-    """The model of a checkpoint of this run. Raises ValueError."""
-    try:
-        return VLM.from_pretrained(checkpoint)
-    except ValueError as e:
-        raise ValueError(f"{e} (or remove {checkpoint} to go on from the one before it)") from None
-
-
-def go_on_with(settings, checkpoint, stage, args, model, samples):
-    """Makes a checkpoint's settings those of a run that goes on, and says which flags it does not follow. Raises
-    ValueError where it would not be the same run."""
-    if settings.get("samples") != (len(samples) if samples else None):
-        raise ValueError(f"{checkpoint} learned from {settings.get('samples') or 'no'} samples of a file, --data "
-                         f"{args.data} has {len(samples) if samples else 'none'}: give the same, or another --out")
-    if missing := sorted(first_settings(stage, args, model, samples).keys() - settings.keys() - {"max_tokens"}):
-        raise damaged(checkpoint / "state.json", f"{missing[0]} is missing")
-    given = given_settings(args)
-    may_change = (*DEFAULTS, "save_every", "threads")  # a run may also go on with other processes
-    settings |= {**{k: v for k, v in given.items() if k in may_change}, "fsdp": args.fsdp}
-    viable = {model.config.configuration(v, "--viable") for v in args.viable or ()}
-    passed_over = [f"--{k.replace('_', '-')} {v} (it has {settings.get(k)})" for k, v in given.items()
-                   if settings.get(k) != v] + ["--viable"] * (viable not in (set(), set(model.config.viable)))
-    if passed_over:
-        print(f"--resume goes on with stage {stage} in the run's own settings and does not follow "
-              f"{', '.join(passed_over)}; for others begin in another --out", file=sys.stderr)
 
 
 def print_report(model, args, out):

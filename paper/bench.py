@@ -31,7 +31,8 @@ from model import Connector, LanguageModel
 from paper.systems import (ANSWER, IMAGES, TEXT, Kernels, Ours, Theirs, bandwidth, device, machine, matmul_rate,
                            peak_bytes, random_module, seconds)
 from parallel import LossModule
-from train import optimizers, set_trainable
+from stages import set_trainable
+from train import optimizers
 
 RESULTS = Path(__file__).parent / "results"
 SYSTEMS = {  # label: (configuration, packing)
