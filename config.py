@@ -159,9 +159,9 @@ class Config:
         del settings["overview"]
         return json.dumps(settings, indent=1)
 
-    def add_visor(self, ca=None, sa=None, viable=None):
+    def add_visor(self, ca=None, sa=None, viable=None, overview=()):
         """Sets ca, sa and viable, with defaults for what is None: a third of the layers each, stride 3 (paper 4.2.3,
-        5.1). Returns the Config. Raises ValueError.
+        5.1); and overview. Returns the Config. Raises ValueError.
 
         Each cross-attention stands one layer after a candidate, so that it reads what that one refined. The viable
         configurations are those that the paper found among 8 candidates (appendix A), carried over to the candidates
@@ -175,6 +175,7 @@ class Config:
             at = {l: self.sa[round(i * (len(self.sa) - 1) / 7)] for i, l in enumerate(PAPER_SA) if self.sa}
             viable = dict.fromkeys(tuple(dict.fromkeys(at[l] for l in v)) for v in PAPER_VIABLE if self.sa)
         self.viable = tuple(tuple(sorted(v)) for v in viable)
+        self.overview = tuple(tuple(sorted(v)) for v in overview)
         self._check_layers()
         return self
 

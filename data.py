@@ -233,6 +233,23 @@ def join(a, b):
     return Prompt(ids, t_pos, v_pos, v_img, images, answer_starts)
 
 
+def overview(prompt, config):
+    """The same prompt over an image's base tile alone: its tokens and one newline, where the full image had its own.
+
+    None where there is no such thing: without an image, of several, or where the only one is a lone tile anyway.
+    """
+    if len(prompt.images) != 1 or prompt.images[0].tiling.canvas is None:
+        return None
+    image, = prompt.images
+    lone = tiling(0, 0, config, single_image=False)._replace(newlines=1, tokens=config.side ** 2 + 1)
+    first, dropped = prompt.v_pos[0], image.tiling.tokens - lone.tokens
+
+    def moved(positions):
+        return [p - dropped if p > first else p for p in positions]
+    return Prompt(prompt.ids, moved(prompt.t_pos), list(range(first, first + lone.tokens)), [0] * lone.tokens,
+                  [ProcessedImage(image.pixels[:1], lone)], moved(prompt.answer_starts))
+
+
 def labelled(pieces, tokenizer, images=(), start=0):
     """(Prompt, labels) of consecutive pieces of a conversation, (text, whether it is a target).
 

@@ -137,6 +137,11 @@ def sa_name(c, sa):
     return "dense" if len(sa) == c.layers else ",".join(map(str, sa)) or "none"
 
 
+def plan_name(c, plan):
+    """A Plan in words: its layers, and its pixels where they are not all."""
+    return f"layers {sa_name(c, plan.sa)}" + ", overview" * (plan.pixels == "overview")
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 def parse(argv=None):

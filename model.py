@@ -367,14 +367,14 @@ class VLM(nn.Module):
             first.in_features *= 4
         return self
 
-    def add_cross_attention(self, ca=None, sa=None, viable=None):
+    def add_cross_attention(self, ca=None, sa=None, viable=None, overview=()):
         """Turns a loaded dense model into VISOR: cross-attention in the layers ca, candidates sa (paper 4.2.1, 4.2.2).
 
-        The defaults are the config's: a third of the layers each. Nothing changes until the new layers are trained."""
+        The defaults are those of Config.add_visor. Nothing changes until the new layers are trained."""
         c = self.config
         if c.ca:
             raise ValueError(f"this model has cross-attention already, in layers {c.ca}: start from a dense one")
-        c.add_visor(ca, sa, viable)
+        c.add_visor(ca, sa, viable, overview)
         for l in c.ca:  # copies of their layers' projections, with an output of zero
             self.init_module(f"language_model.cross.{l}", self.image_newline.dtype, self.device)
         return self

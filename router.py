@@ -310,10 +310,10 @@ class RouterBatches:
         """Batch after batch, from number `first` on."""
         return map(self.__getitem__, count((3 << 40) + first))  # no stage draws what another one has drawn
 
-    def configuration(self, step):
+    def plan(self, step):
         """None: a router is trained in no configuration."""
 
-    def losses(self, item, sa, step):
+    def losses(self, item, plan, step):
         """Yields the cross-entropy of the policy. All else is frozen: only what the routing token runs through has
         gradients."""
         batch, targets = item

@@ -50,7 +50,7 @@ def first_model(stage, source, args, out):
         smoothing = 0.0 if args.labels == "sample" else recipe["label_smoothing"]
         return model.add_router(router.conservative_threshold(smoothing, len(model.config.viable)))
     if stage and not model.config.ca:
-        model.add_cross_attention(*((world.CA, world.SA, world.VIABLE) if miniature else ()))
+        model.add_cross_attention(*((world.CA, world.SA, world.VIABLE, world.OVERVIEW) if miniature else ()))
     return model.remove_router()
 
 

@@ -31,7 +31,7 @@ from checkpoints import SETTINGS, drop_rows_after, locked, newest, read_state, r
 from cli import Parser, Unwritable, append_rows, checkpoint_path, free_threads, interrupts, placement, run
 from config import checked
 from families import read_config
-from flops import sa_name
+from flops import plan_name
 from llava.samples import Samples, eval_questions, reference_prompt
 from model import VLM
 from parallel import Distributed, full_tensor, shard
@@ -98,10 +98,10 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
 
     with interrupts() as asked:
         for step in bar:
-            sa, value = batches.configuration(step), 0.0
+            plan, value = batches.plan(step), 0.0
             try:
                 with mixed:
-                    for loss in batches.losses(next(feed), sa, step):       # micro-batches add their gradients up
+                    for loss in batches.losses(next(feed), plan, step):       # micro-batches add their gradients up
                         loss.backward()
                         value += loss.detach().double()                     # read once a step
             except ValueError as e:                                         # too many bad samples
@@ -123,9 +123,9 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
                 opt.zero_grad()
             mean = 0.95 * mean + 0.05 * value if mean else value
             if step % 10 == 9:
-                layers = "" if sa is None else f", layers {sa_name(model.config, sa)}"
-                bar.set_postfix_str(f"loss {mean:.3f}{layers}")
-            rows = [{"stage": stage, "step": step + 1, "loss": value or None, "sa": sa, "tokens": batches.tokens,
+                bar.set_postfix_str(f"loss {mean:.3f}" + (f", {plan_name(model.config, plan)}" if plan else ""))
+            rows = [{"stage": stage, "step": step + 1, "loss": value or None, **(plan._asdict() if plan else {}),
+                     "tokens": batches.tokens,
                      "lr": {kind: lr * factor for kind, (_, _, lr) in opts.items()},
                      "seconds": round(time.perf_counter() - began, 2)}]
             if s["sample_every"] and (step + 1) % s["sample_every"] == 0:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import data
 from cli import append_rows, die_with_parent, read_rows
+from config import Plan
 from llava.samples import Sample, step_indices
 from pictures import SampleError
 
@@ -34,13 +35,13 @@ class ConversationBatches:
         rows = [row for _, row in read_rows(out / "bad.jsonl", stage=int, number=int, kind=str)]
         self.bad = {row["number"]: row for row in rows if row["stage"] == stage}  # index -> row of bad.jsonl
 
-    def configuration(self, step):
-        """The self-attention layers of a step: a viable configuration, drawn uniformly (paper 4.2.3). Deterministic:
+    def plan(self, step):
+        """The Plan of a step: one that the model is to be trained for, drawn uniformly (paper 4.2.3). Deterministic:
         it depends only on (seed, step). Stage 0 trains the dense model."""
         if self.stage == 0:
-            return tuple(range(self.model.config.layers))
-        viable = self.model.config.viable
-        return viable[np.random.default_rng((self.settings["seed"], step)).integers(len(viable))]
+            return Plan(tuple(range(self.model.config.layers)))
+        plans = self.model.config.plans
+        return plans[np.random.default_rng((self.settings["seed"], step)).integers(len(plans))]
 
     def batches(self, first):
         """Yields for step after step, from step `first` on, this rank's [(index, Sample or SampleError)].
@@ -64,12 +65,12 @@ class ConversationBatches:
         while True:
             yield list(islice(items, per_step))
 
-    def losses(self, items, sa, step):
+    def losses(self, items, plan, step):
         """Yields the losses of a step's micro-batches, scalar tensors; each has to be taken backward before the next.
 
         Their sum over all ranks, divided by the number of ranks, is the mean over all targets of all ranks. Yields
         nothing if there is nothing to learn: no targets, or in stage 1, where cross-attentions alone are trained, no
-        image. items: of `batches`. sa: the configuration. Raises ValueError when too many samples have errors, or when
+        image. items: of `batches`. plan: the step's. Raises ValueError when too many samples have errors, or when
         nothing could be learned for ten steps, or in the whole run.
         """
         s = self.settings
@@ -77,7 +78,7 @@ class ConversationBatches:
         bad = [(i, x) for i, x in items if isinstance(x, SampleError)]
         self.example = good[0][0] if good else None
         # Longest first: samples of about equal length share a micro-batch, so that little of it is padding
-        samples = sorted((x for _, x in good), key=lambda x: -x.prompt.end)
+        samples = sorted((self.seen(x, plan.pixels) for _, x in good), key=lambda x: -x.prompt.end)
         largest_share = -(-s["batch_size"] // self.distributed.size)  # all ranks run equally many micro-batches
         micro_batches = [self.collate(samples[i:i + s["micro_batch_size"]])
                          for i in range(0, largest_share, s["micro_batch_size"])]
@@ -95,7 +96,12 @@ class ConversationBatches:
         for k, (batch, labels) in enumerate(micro_batches):
             with self.sync_context(k == len(micro_batches) - 1):  # the loop's backward runs in here
                 # Data parallelism averages the gradients of ranks, hence the factor
-                yield self.loss_module(batch, labels, sa) * (self.distributed.size / targets)
+                yield self.loss_module(batch, labels, plan.sa) * (self.distributed.size / targets)
+
+    def seen(self, sample, pixels):
+        """A Sample with these pixels: over the overview where there is one, and that is asked for."""
+        small = data.overview(sample.prompt, self.model.config) if pixels == "overview" else None
+        return sample._replace(prompt=small) if small else sample
 
     def why_empty(self, targets):
         """What is wrong with samples from which nothing can be learned, for the error line."""

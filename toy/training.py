@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+from config import Plan
 from toy import world
 
 # Batches are of images, with 10 questions each or 30 short ones; in stage 3 of questions. lr is Muon's, AdamW has a
@@ -36,19 +37,26 @@ def matrices_of(model):
             if p.requires_grad and p.ndim == 2 and "embed" not in name and not name.startswith("router.")]
 
 
-def sample_configuration(viable, seed, step, largest_first_steps=0):
-    """The configuration of a step: of the viable ones the smallest twice and the largest three times as often as the
-    others (the paper, 4.2.3, draws uniformly).
+OVERVIEW_SHARE = 0.25  # of the steps: over the overview
+
+
+def sample_plan(config, seed, step, largest_first_steps=0):
+    """The Plan of a step. A quarter of the steps are over the overview; of the configurations over all tiles the
+    smallest comes twice and the largest three times as often as the others (the paper, 4.2.3, draws uniformly).
 
     In the first `largest_first_steps` only these two are drawn, the largest three times in four: what the model has
     learned in it before the others come, it keeps.
     """
+    rng, viable = np.random.default_rng((seed, step)), config.viable
     smallest, largest = min(viable, key=len), max(viable, key=len)
     if step < largest_first_steps:
         pool = [smallest, largest, largest, largest]
     else:
         pool = [*viable, smallest, largest, largest]
-    return pool[np.random.default_rng((seed, step)).integers(len(pool))]
+    plan = Plan(pool[rng.integers(len(pool))])
+    if config.overview and rng.random() < OVERVIEW_SHARE:
+        return Plan(config.overview[rng.integers(len(config.overview))], "overview")
+    return plan
 
 
 @torch.no_grad()
@@ -105,15 +113,17 @@ class ToyBatches:
 
     def __getitem__(self, i):
         """(data.Batch, labels (B, Nt) in numpy, the quilts)."""
-        quilts, prompts, labels = zip(*(self._sample(i, j) for j in range(self.batch_size)))
+        pixels = self.plan(i - self.first_number).pixels
+        quilts, prompts, labels = zip(*(self._sample(i, j, pixels) for j in range(self.batch_size)))
         return data.collate(prompts), data.pad(labels, -1), list(quilts)
 
-    def _sample(self, i, j):
+    def _sample(self, i, j, pixels):
         """(quilt, Prompt, labels) of sample j of batch i: in turn a conversation, and three times as many questions as
-        a caption."""
+        a caption. Over the overview there are coarse questions alone: of all else it shows nothing."""
         rng = np.random.default_rng((world.TRAIN, self.seed, i, j))
         is_caption = j % 2 == 1
-        image, quilt, asked = world.conversation(rng, self.turns * (3 if is_caption else 1))
+        tasks = world.TASKS if pixels == "all" else world.STRATA["coarse"]
+        image, quilt, asked = world.conversation(rng, self.turns * (3 if is_caption else 1), tasks=tasks)
         if is_caption:
             pieces = world.caption(asked)
         else:
@@ -121,23 +131,29 @@ class ToyBatches:
             turns[0] = data.place_images(turns[0], 1)
             pieces = data.turns_to_learn(turns)
         c = self.model.config
-        return quilt, *data.labelled(pieces, self.model.tokenizer, [data.process_image(image, c)])
+        prompt, labels = data.labelled(pieces, self.model.tokenizer, [data.process_image(image, c)])
+        return quilt, prompt if pixels == "all" else data.overview(prompt, c), labels
+
+    @property
+    def first_number(self):
+        """Of the stage's batches: no stage repeats another's."""
+        return self.stage << 40
 
     def batches(self, first):
-        """The stage's items from number `first` on; no stage repeats another's."""
-        return map(self.__getitem__, count((self.stage << 40) + first))
+        """The items of the stage's steps from `first` on."""
+        return map(self.__getitem__, count(self.first_number + first))
 
-    def configuration(self, step):
-        """The configuration that a step trains: all layers in stage 0."""
+    def plan(self, step):
+        """The Plan that a step trains: all layers in stage 0."""
         c = self.model.config
         if self.stage == 0:
-            return tuple(range(c.layers))
-        return sample_configuration(c.viable, self.seed, step, self.largest_first_steps)
+            return Plan(tuple(range(c.layers)))
+        return sample_plan(c, self.seed, step, self.largest_first_steps)
 
     # --- the loss ---
 
-    def losses(self, item, sa, step):
-        """Yields the loss of one batch in configuration sa; the loop takes several, this is one.
+    def losses(self, item, plan, step):
+        """Yields the loss of one batch; the loop takes several, this is one.
 
         Stage 0 adds two things, both to make of a small dense model what large ones are by themselves (paper, section
         3): features of an image before anyone asks, and layers that do not depend on all those before them, so that
@@ -151,7 +167,7 @@ class ToyBatches:
         if self.auxiliary_weight and late:
             answers, _ = self.run_dense(t, v, layout, *self.draw_dropped_layers(rng))[-1]
         else:
-            answers, _ = model.language_model.run(t, v, layout, sa, 0, model.config.layers)
+            answers, _ = model.language_model.run(t, v, layout, plan.sa, 0, model.config.layers)
         h = model.language_model.norm(answers)                                     # (B, Nt, d)
         targets = int(data.target_mask(labels, batch.t_pos).sum())
         loss = model.answer_loss(h, labels, batch.t_pos) / targets

@@ -40,6 +40,7 @@ TRAIN, EVAL = 0, 1  # the first number of every seed, so that training and evalu
 # steps of stage 2, with 0, 5, 8, 11 at 1.00. The first candidate is 4, so that a router can look before it decides.
 CA, SA = (0, 5, 8, 11), (4, 7, 10)
 VIABLE = ((), (4,), (7,), (4, 7), (4, 10), (4, 7, 10))
+OVERVIEW = ((),)               # over the base tile alone
 REFERENCE_PROMPT = 9, (SIZE, SIZE)  # text tokens of a question and size of its image: what savings are computed for
 
 
@@ -267,10 +268,10 @@ def _row_facts(word, panel, marks):
 
 # --- conversations and evaluation -----------------------------------------------------------------------------------
 
-def conversation(rng, turns, kind=None):
+def conversation(rng, turns, kind=None, tasks=TASKS):
     """(image, quilt, [(task, question, answer)]): a random quilt and `turns` different questions about it."""
     quilt = make_quilt(rng, kind or KINDS[rng.integers(len(KINDS))])
-    left = {task: list(rng.permutation(pairs)) for task, pairs in questions(quilt).items()}
+    left = {task: list(rng.permutation(pairs)) for task, pairs in questions(quilt).items() if task in tasks}
     asked = []
     while len(asked) < turns and left:
         # Tasks equally often, though one has 36 questions and another one; but the three coarse ones as often as one
