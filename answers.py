@@ -14,6 +14,7 @@ from PIL import Image
 import data
 import pictures
 from cli import is_out_of_memory
+from config import Plan
 
 WINDOW = 8  # batches
 
@@ -24,6 +25,7 @@ class Asked(NamedTuple):
     own: data.Prompt     # the rest; goes on from `shared`
     dense_vision: int    # visual tokens without packing
     sa: object           # a configuration, or "auto"
+    pixels: str          # as in VLM.generate
     allowed: tuple       # configurations that a router may choose; None: all
 
 
@@ -31,18 +33,18 @@ class Answer(NamedTuple):
     """What came of a question: the first three, or the last."""
     asked: Asked = None  # its images without pixels
     tokens: list = None  # ids, without the closing <|im_end|>
-    sa: tuple = None     # the configuration that ran
+    plan: Plan = None    # what ran
     error: str = None    # one line: why it could not be asked
 
 
-def answers(model, questions, sa="auto", batch_size=16, start=0, temperature=0.0, seed=0, **how):
+def answers(model, questions, sa="auto", pixels="all", batch_size=16, start=0, temperature=0.0, seed=0, **how):
     """Yields an Answer for each of an iterable of questions, in order.
 
     A question is (text, images): paths or PIL images, where the text has <image> or before it. A ValueError in place
     of one is the reason why there is none, and becomes the answer's error.
     sa: a configuration, "auto", or a function that gives (sa, allowed) of Asked for a prompt of `text` and `vision`
-    tokens (`dense_vision` without packing). start: the first question to answer; batches are formed as without it, so
-    that a run that goes on with the same batch_size gives the same bits. temperature, seed, how: as in VLM.generate;
+    tokens (`dense_vision` without packing). pixels: as in VLM.generate. start: the first question to answer; batches
+    are formed as without it, so that a run that goes on with the same batch_size gives the same bits. temperature, seed, how: as in VLM.generate;
     what is drawn for a question depends on the seed and its number only.
     """
     choose = sa if callable(sa) else lambda *_: (sa, None)
@@ -54,7 +56,7 @@ def answers(model, questions, sa="auto", batch_size=16, start=0, temperature=0.0
             first, last = min(batch)[0], max(batch)[0]
             if last >= start:
                 drawn = int(np.random.default_rng((seed, first)).integers(1 << 63))
-                found |= answer_batch(model, batch, choose, temperature=temperature, seed=drawn, **how)
+                found |= answer_batch(model, batch, choose, pixels, temperature=temperature, seed=drawn, **how)
             while start in found:
                 yield found.pop(start)
                 start += 1
@@ -88,13 +90,13 @@ def visual_tokens(image, config, single_image):
         return 0
 
 
-def answer_batch(model, batch, choose, **how):
+def answer_batch(model, batch, choose, pixels, **how):
     """{number: Answer} for [(number, question), ...]."""
     found, groups = {}, {}  # groups: those that VLM.generate takes together, [(number, Asked), ...]
     for number, question in batch:
         try:
-            asked = ask(model, question, choose)
-            groups.setdefault((asked.sa == "auto", asked.allowed), []).append((number, asked))
+            asked = ask(model, question, choose, pixels)
+            groups.setdefault((asked.sa == "auto", asked.pixels, asked.allowed), []).append((number, asked))
         except ValueError as e:
             found[number] = Answer(error=" ".join(str(e).split()))
     for group in groups.values():
@@ -103,7 +105,7 @@ def answer_batch(model, batch, choose, **how):
     return found
 
 
-def ask(model, question, choose):
+def ask(model, question, choose, pixels):
     """The Asked of a question, its images decoded. Raises ValueError."""
     if isinstance(question, ValueError):
         raise question
@@ -115,16 +117,17 @@ def ask(model, question, choose):
     own = data.encode(own, model.tokenizer, start=shared.end)
     dense_vision = sum(data.tiling(*x.size, c.unpacked(), single).tokens for x in images)
     sa, allowed = choose(len(shared.ids) + len(own.ids), len(shared.v_pos), dense_vision)
-    return Asked(shared, own, dense_vision, sa, allowed and tuple(allowed))
+    return Asked(shared, own, dense_vision, sa, pixels if sa == "auto" or pixels != "auto" else "all",
+                 allowed and tuple(allowed))
 
 
 def generate(model, asked, **how):
-    """The Answers to a sequence of Asked: all "auto" with the same `allowed`, or none "auto". Where memory does not
-    suffice for them, or what comes of one is not finite, one by one."""
+    """The Answers to a sequence of Asked with the same pixels: all "auto" with the same `allowed`, or none "auto".
+    Where memory does not suffice for them, or what comes of one is not finite, one by one."""
     prompts, routes = [data.join(x.shared, x.own) for x in asked], []
     sa = "auto" if asked[0].sa == "auto" else [x.sa for x in asked]
     try:
-        tokens = model.generate(prompts, sa, allowed=asked[0].allowed, routes=routes, **how)
+        tokens = model.generate(prompts, sa, asked[0].pixels, allowed=asked[0].allowed, routes=routes, **how)
     except (MemoryError, RuntimeError, ValueError) as e:
         if not (isinstance(e, ValueError) or is_out_of_memory(e)):
             raise

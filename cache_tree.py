@@ -19,9 +19,10 @@ class Segment(NamedTuple):
 class Node:
     """A stretch of layers that all configurations of a group run alike: its caches, and what left its last layer."""
 
-    def __init__(self, group, start, cache, c, capacity):
+    def __init__(self, group, start, cache, c, capacity, pause=None):
         self.group = group
-        self.start, self.stop = start, min(branch_layers(group), default=c.layers)
+        ends = branch_layers(group) | {l for l in [pause] if l is not None and l > start}
+        self.start, self.stop = start, min(ends, default=c.layers)
         # They agree on these layers; the one that reads vision longest also refines it for the others
         self.sa = max(group, key=lambda sa: c.vision_readers(sa)[1])
         text, vision = capacity  # text is kept everywhere, vision only where it is read
@@ -40,10 +41,12 @@ class CacheTree:
     (truncate) need no clearing: their cache positions are written again.
     """
 
-    def __init__(self, language_model, configurations, batch, capacity):
-        """configurations: those that may be asked for. capacity: text and visual tokens of a sample to reserve."""
+    def __init__(self, language_model, configurations, batch, capacity, pause=None):
+        """configurations: those that may be asked for. capacity: text and visual tokens of a sample to reserve. pause:
+        a layer before which the root ends, although all may agree on more."""
         self.language_model, self.configurations, self.capacity = language_model, configurations, capacity
-        self.root = Node(configurations, 0, [], language_model.config, capacity)
+        self.pause, c = pause, language_model.config
+        self.root = Node(configurations, 0, [], c, capacity, pause)
         self.segments, self.past = [], Past.empty(batch)
 
     def extend(self, t, v, positions):
@@ -65,16 +68,29 @@ class CacheTree:
             raise ValueError(f"configuration {tuple(sa)} is not one of those that this cache was made for")
         node, c = self.root, self.language_model.config
         while node.stop < c.layers:
-            side = node.stop in sa
-            if side not in node.children:
-                group = [own for own in node.group if (node.stop in own) == side]
-                node.children[side] = Node(group, node.stop, node.cache, c, self.capacity)
-            parent, node = node, node.children[side]
-            for i in range(len(node.outputs), len(self.segments)):    # what has come in since this node last ran
-                self.run_node(node, *parent.outputs[i], self.segments[i].layout)
+            node = self.child(node, node.stop in sa)
         t, _ = node.outputs[-1]
         node.outputs = [None] * (len(node.outputs) - 1) + [(t, None)]  # no node goes on from here: v is not kept
         return t, node.cache
+
+    def child(self, parent, side):
+        """The node that goes on from a parent on one side, with all that has come in run."""
+        if side not in parent.children:
+            group = [own for own in parent.group if (parent.stop in own) == side]
+            parent.children[side] = Node(group, parent.stop, parent.cache, self.language_model.config, self.capacity)
+        node = parent.children[side]
+        for i in range(len(node.outputs), len(self.segments)):
+            self.run_node(node, *parent.outputs[i], self.segments[i].layout)
+        return node
+
+    def shared(self, stop):
+        """The node of layers that all configurations run alike which ends before layer `stop`. Raises ValueError."""
+        node = self.root
+        while node.stop < stop and not branch_layers(node.group) & {node.stop}:
+            node = self.child(node, node.stop in node.group[0])
+        if node.stop != stop:
+            raise ValueError(f"this cache has no node that ends before layer {stop}")
+        return node
 
     def truncate(self, n):
         """Takes all segments after the first n back."""
@@ -89,7 +105,7 @@ class CacheTree:
 
     def select(self, rows):
         """A tree for some samples of the batch, with copies of what all configurations share."""
-        new = CacheTree(self.language_model, self.configurations, len(rows), self.capacity)
+        new = CacheTree(self.language_model, self.configurations, len(rows), self.capacity, self.pause)
         like, _ = self.root.outputs[0]
         for positions, *_ in self.segments:
             positions = tuple(x[rows] for x in positions)

@@ -25,7 +25,7 @@ LIMITS = {
     "head_dim": range(2, 1025, 2),  # rotary positions turn pairs of features
     "vocab": range(1, (1 << 24) + 1), "max_tiles": range(1, 4097), "step": range(1 << 40),
     "rope_theta": (1.0, 1e12), "rms_eps": (1e-12, 1.0), "vision_eps": (1e-12, 1.0), "pack": (1.0, 1e6),
-    "route_threshold": (0.0, 1.0),
+    **dict.fromkeys(("route_threshold", "pixel_threshold"), (0.0, 1.0)),
     **dict.fromkeys(("tied", "multi_image_newline", "pack_widen", "router"), [False, True]),
     "unpad": ["original", "hf"], "transparency": ["drop", "white"], "world": ["", "toy"],
     "stage": ["random", "pretrained", "0", "1", "2", "3"],
@@ -82,6 +82,7 @@ class Config:
     overview: tuple = ()            # those that it is trained for over an image's base tile alone
     router: bool = False            # it has a policy that chooses among them (paper 4.3)
     route_threshold: float = 1.0    # the router takes the costliest configuration at least as likely; 1: the likeliest
+    pixel_threshold: float = 0.9    # it is content with the overview from this probability on
     stop_ids: tuple = ()            # tokens that end an answer, beside <|im_end|>
     # history
     stage: str = "random"           # what made the weights: random, pretrained, 0, 1, 2, 3
@@ -118,6 +119,13 @@ class Config:
         """The first layer in which viable configurations differ: the router decides before it (4.3). None without."""
         return min(branch_layers(self.viable), default=None)
 
+    @property
+    def pixel_layer(self):
+        """The layer before which the router decides on the pixels: behind the first in which text looks at vision,
+        whatever the configuration. None where it has no overview to decide on."""
+        common = set(self.sa).intersection(*self.viable, *self.overview)
+        return 1 + min([*self.ca, *common]) if self.overview else None
+
     def unpacked(self):
         """The same without token packing: what savings are measured against."""
         return replace(self, pack=1.0, pack_widen=False)
@@ -152,6 +160,8 @@ class Config:
                                      f"{self.sa}")
             if len(set(found)) < len(found):
                 raise ValueError(f"{name}: a configuration is named twice")
+        if not set(self.overview) <= set(self.viable):
+            raise ValueError(f"overview {short(self.overview)}: a configuration must be viable over all pixels, too")
 
     def to_json(self):
         """config.json: viable is a list of plans."""

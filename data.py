@@ -233,6 +233,11 @@ def join(a, b):
     return Prompt(ids, t_pos, v_pos, v_img, images, answer_starts)
 
 
+def overview_tokens(config):
+    """Visual tokens of an overview."""
+    return config.side ** 2 + 1
+
+
 def overview(prompt, config):
     """The same prompt over an image's base tile alone: its tokens and one newline, where the full image had its own.
 
@@ -241,13 +246,23 @@ def overview(prompt, config):
     if len(prompt.images) != 1 or prompt.images[0].tiling.canvas is None:
         return None
     image, = prompt.images
-    lone = tiling(0, 0, config, single_image=False)._replace(newlines=1, tokens=config.side ** 2 + 1)
+    lone = tiling(0, 0, config, single_image=False)._replace(newlines=1, tokens=overview_tokens(config))
     first, dropped = prompt.v_pos[0], image.tiling.tokens - lone.tokens
 
     def moved(positions):
         return [p - dropped if p > first else p for p in positions]
     return Prompt(prompt.ids, moved(prompt.t_pos), list(range(first, first + lone.tokens)), [0] * lone.tokens,
                   [ProcessedImage(image.pixels[:1], lone)], moved(prompt.answer_starts))
+
+
+def moved(prompt, by):
+    """The same text at other positions."""
+    return prompt._replace(t_pos=[p + by for p in prompt.t_pos], answer_starts=[p + by for p in prompt.answer_starts])
+
+
+def seen(prompt, pixels, config):
+    """The prompt with these pixels: over the overview, where that is asked for and there is one."""
+    return pixels == "overview" and overview(prompt, config) or prompt
 
 
 def labelled(pieces, tokenizer, images=(), start=0):

@@ -1,15 +1,54 @@
-"""An answer, token by token: VLM.decode_step makes logits of a token, `sample_token` the next token of logits, `decode`
-repeats both until all samples have ended. On CUDA a step is recorded once an answer is a few tokens long, and then
-replayed, as its hundreds of small kernels take longer to start than to run.
+"""Answers, token by token: VLM.decode_step makes logits of a token, `sample_token` the next token of logits, `decode`
+repeats both until all samples have ended; `generate` begins where prompts end, in the configuration of each. On CUDA a
+step is recorded once an answer is a few tokens long, and then replayed, as its hundreds of small kernels take longer to
+start than to run.
 """
+from functools import partial
+
+import numpy as np
 import torch
 
-from cli import not_finite
+from cli import not_finite, timer
+from config import group_by_configuration
 from layout import DecodeLayout, compute_dtype
 
 NOT_FINITE = -1  # in place of a token, or of a choice: the numbers that it would be made from are not finite
 STRETCH = 256    # steps for which caches are laid out at once
 EAGER = 8        # steps of a stretch before one is recorded, which takes as long as several; the first chooses kernels
+
+
+def generate(model, tree, prompts, sa, max_tokens=64, temperature=0.0, top_p=1.0, seed=0, allowed=None, timings=None,
+             on_token=None):
+    """(answers, configurations): of each prompt the token ids of its answer, without the closing <|im_end|>, and the
+    configuration that ran.
+
+    tree: a cache_tree.CacheTree whose newest segment the prompts are. sa: a configuration, a list with one for each
+    prompt, or "auto"; allowed: those that the router may choose. temperature 0 is greedy; otherwise tokens are drawn
+    from the smallest set with probability top_p, repeatable by `seed`. timings, on_token: as in VLM.generate.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens {max_tokens}: give at least 1")
+    with timer(timings, "prefill", model.device):
+        if sa == "auto":
+            own = [x for x in tree.configurations if allowed is None or x in allowed]
+            sa = model.route(tree, [p.answer_starts for p in prompts], own)
+    chosen = sa if isinstance(sa, list) else [tuple(sa)] * len(prompts)
+    answers, groups = [None] * len(prompts), group_by_configuration(chosen)  # mixed routes: each group on its own
+    for own, rows in groups:
+        with timer(timings, "prefill", model.device):
+            branch = tree if len(groups) == 1 else tree.select(rows)  # nothing runs for a route not taken
+            t, cache = branch.run(own)                                # (rows, Nt, d)
+            last = [len(prompts[i].ids) - 1 for i in rows]            # padding stands behind
+            logits = model.head(model.language_model.norm(t[torch.arange(len(rows)), last]))  # (rows, vocab)
+        with timer(timings, "decode", model.device):
+            position = np.array([prompts[i].end for i in rows])       # of the first token to come
+            sampler = partial(sample_token, temperature=temperature, top_p=top_p,
+                              random=torch.Generator(model.device).manual_seed(seed))
+            emit = on_token and (lambda i, token, rows=rows: on_token(rows[i], token))
+            for i, answer in zip(rows, decode(model, logits, branch.past, position, own, cache, max_tokens, sampler,
+                                              emit)):
+                answers[i] = answer
+    return answers, chosen
 
 
 def decode(model, logits, past, position, sa, cache, max_tokens, sampler, on_token=None):

@@ -134,7 +134,7 @@ def montage(images, maps, width):
         total = np.zeros((h, w))
         for heat_map in own:
             density = heat_map * heat_map.size  # attention per area: base tile and grid show the same image
-            box = square_box(w, h) if len(own) == 1 else None  # one of several images was padded to a square
+            box = square_box(w, h) if len(images) > 1 else None  # one of several was padded to a square
             stretched = Image.fromarray(density.astype(np.float32)).resize(
                 (max(w, h),) * 2 if box else (w, h), Image.BICUBIC)
             total += np.asarray(stretched.crop(box) if box else stretched)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cli import Parser, checkpoint_path, counted, run
 from config import LIMITS, PRESETS, checked, preset
-from data import tiling
+from data import overview_tokens, tiling
 from families import read_config
 
 # --- operations -----------------------------------------------------------------------------------------------------
@@ -78,8 +78,18 @@ def answer_flops(c, sa, text, vision, answer):
 
 def router_flops(c, text, vision):
     """The routing token behind a prompt: through the layers before the first that may be skipped, and the MLP."""
-    way = llm_flops(c, c.viable[0], 1, 0, text, vision, head=False, layers=range(c.route_layer))
-    return way + 2 * c.hidden * (c.hidden + len(c.viable))
+    return scores_flops(c, c.viable[0], text, vision, c.route_layer, len(c.viable))
+
+
+def pixel_flops(c, text):
+    """The same to decide on the pixels, behind a prompt over the overview."""
+    return scores_flops(c, c.overview[0], text, overview_tokens(c), c.pixel_layer, 1)
+
+
+def scores_flops(c, sa, text, vision, stop, choices):
+    """The routing token up to layer `stop`, and what reads it."""
+    way = llm_flops(c, sa, 1, 0, text, vision, head=False, layers=range(stop))
+    return way + 2 * c.hidden * (c.hidden + choices)
 
 
 # --- memory and parameters ------------------------------------------------------------------------------------------
@@ -138,8 +148,8 @@ def sa_name(c, sa):
 
 
 def plan_name(c, plan):
-    """A Plan in words: its layers, and its pixels where they are not all."""
-    return f"layers {sa_name(c, plan.sa)}" + ", overview" * (plan.pixels == "overview")
+    """A Plan's layers, with ov: before them where they run over the overview."""
+    return "ov:" * (plan.pixels == "overview") + sa_name(c, plan.sa)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -260,17 +260,27 @@ class Connector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(x)))  # the exact GELU here, the tanh one inside SigLIP
 
 
+class Scores(nn.Module):
+    """An MLP that reads the routing token and gives each choice a score."""
+
+    def __init__(self, c, choices):
+        super().__init__()
+        self.norm = RMSNorm(c.hidden, c.rms_eps)
+        self.up = nn.Linear(c.hidden, c.hidden)
+        self.down = nn.Linear(c.hidden, choices)
+
+    def forward(self, z):
+        """z (..., d), routing tokens as they enter a layer -> scores (..., choices)."""
+        return self.down(F.gelu(self.up(self.norm(z))))
+
+
 class Policy(nn.Module):
-    """Which configuration a question needs (paper 4.3): the routing token, one learned embedding that is put after the
-    question, and the MLP that reads it once it has passed the layers all viable configurations share."""
+    """What a question needs (paper 4.3): the routing token, one learned embedding that is put after the question, and
+    what reads it. `layers` scores the viable configurations once it has passed the layers that they share; `pixels`,
+    where the model is trained for the overview, says behind the first look at it whether that will do."""
 
     def __init__(self, c):
         super().__init__()
         self.token = nn.Parameter(torch.randn(c.hidden))   # scaled by VLM.add_router
-        self.norm = RMSNorm(c.hidden, c.rms_eps)
-        self.up = nn.Linear(c.hidden, c.hidden)
-        self.down = nn.Linear(c.hidden, len(c.viable))     # one score for each viable configuration
-
-    def forward(self, z):
-        """z (..., d), routing tokens as they enter the route layer -> scores (..., viable)."""
-        return self.down(F.gelu(self.up(self.norm(z))))
+        self.layers = Scores(c, len(c.viable))
+        self.pixels = Scores(c, 1) if c.overview else None

@@ -4,6 +4,7 @@ The heart is LanguageModel.run: which layers read vision, and how (paper 4.1 to 
 to visual tokens, the route (4.3), generation, encode once and ask many. There are no image placeholder tokens inside
 the language model.
 """
+import math
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,12 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import data
 import weights
 from cache_tree import CacheTree
 from cli import not_finite, timer
-from config import group_by_configuration
-from data import Prompt, collate, target_mask
-from decoding import NOT_FINITE, decode, sample_token
+from config import Plan, group_by_configuration
+from data import collate, target_mask
+from decoding import NOT_FINITE, generate
 from encoders import normalise, send
 from encoders.siglip import VisionTower
 from flops import llm_flops
@@ -128,16 +130,22 @@ class VLM(nn.Module):
 
     # --- images to visual tokens ---
 
-    def encode(self, images):
-        """A list of data.ProcessedImage -> one (tokens, d) tensor each. All tiles go through the encoder together."""
-        tiles = torch.cat([torch.from_numpy(x.pixels) for x in images])              # (tiles, 3, tile, tile) uint8
-        tiles, dtype = send(tiles, self.device), self.image_newline.dtype
+    def encode(self, images, known=None):
+        """A list of data.ProcessedImage -> one (tokens, d) tensor each. known: as in `pieces`."""
+        return [self.arrange(f, x.tiling) for f, x in zip(self.pieces(images, known), images)]
+
+    def pieces(self, images, known=None):
+        """The features of each image's tiles, (tiles, side * side, d), before they are put in order. All tiles go
+        through the encoder together. known: of each image the features of its first tiles, where they exist."""
+        known = known or [self.image_newline.new_zeros(0, self.config.side ** 2, self.config.hidden)] * len(images)
+        new = [x.pixels[len(k):] for x, k in zip(images, known)]                     # (tiles, 3, tile, tile) uint8
+        counts = list(map(len, new))
+        tiles, dtype = send(torch.cat([torch.from_numpy(x) for x in new]), self.device), self.image_newline.dtype
         # 16 at a time bound the memory; in training all at once, as every rank must call the encoder equally often
         pieces = (normalise(x, dtype) for x in tiles.split(len(tiles) if torch.is_grad_enabled() else 16))
         features = [reduce(self.vision_tower(x), self.config) for x in pieces]       # (pieces, side * side, features)
         features = torch.cat([self.multi_modal_projector(x) for x in features])      # (tiles, side * side, d)
-        features = features.split([x.tiling.tiles for x in images])
-        return [self.arrange(f, x.tiling) for f, x in zip(features, images)]
+        return [torch.cat(x) for x in zip(known, features.split(counts))]
 
     def arrange(self, tiles, tiling):
         """(tiles, side * side, d) -> (tokens, d): base tile, then the grid unpadded, each row ended by a newline."""
@@ -153,14 +161,15 @@ class VLM(nn.Module):
         grid = torch.cat([grid, newline.expand(tiling.newlines, 1, d)], dim=1)  # (h, w + 1, d)
         return torch.cat([base, grid.flatten(0, 1)])
 
-    def embed(self, batch, timings=None):
-        """data.Batch -> t (B, Nt, d), v (B, Nv, d), as they enter layer 0. Padding is zero in v."""
+    def embed(self, batch, timings=None, known=None):
+        """data.Batch -> t (B, Nt, d), v (B, Nv, d), as they enter layer 0. Padding is zero in v. known: as in `pieces`,
+        of the images of all prompts."""
         t = self.language_model.embed_tokens(torch.from_numpy(batch.ids).to(self.device))  # (B, Nt, d)
         v = t.new_zeros(*batch.v_pos.shape, self.config.hidden)                            # (B, Nv, d)
         images = [x for row in batch.images for x in row]  # of all prompts, so that the encoder runs once
         if images:
             with timer(timings, "encoder", self.device, out_of="prefill"):
-                features = iter(self.encode(images))
+                features = iter(self.encode(images, known))
             rows = [torch.cat([v[0, :0], *(next(features) for _ in row)]) for row in batch.images]
             v = torch.stack([F.pad(row, (0, 0, 0, v.shape[1] - len(row))) for row in rows])
         return t, v
@@ -203,13 +212,15 @@ class VLM(nn.Module):
 
     # --- a configuration for each question (paper 4.3) ---
 
-    def configurations(self, sa):
+    def configurations(self, sa, pixels="all"):
         """The configurations that may run when `sa` is asked for: a configuration, a list of them, or "auto"."""
         if sa == "auto":
             if self.router is None:
                 raise ValueError('this model has no router: train one with train.py --stage 3, or name a configuration '
                                  'instead of "auto"')
-            return self.config.viable
+            if not self.config.configurations(pixels):
+                raise ValueError("this model is not trained for the overview: name a configuration instead of \"auto\"")
+            return self.config.configurations(pixels)
         return list(dict.fromkeys(tuple(sorted(x)) for x in (sa if isinstance(sa, list) else [sa])))
 
     def route(self, tree, answer_starts, allowed=None):
@@ -219,6 +230,8 @@ class VLM(nn.Module):
         the most expensive. So for each question; of several questions in a prompt the most expensive choice runs.
         answer_starts: of the data.Batch that is the tree's newest segment. allowed: those to choose among."""
         c = self.config
+        if allowed is not None and len(allowed) == 1:  # nothing to choose
+            return list(allowed) * len(answer_starts)
         scores = self.route_scores(tree, answer_starts)                                         # (B, K, viable)
         barred = torch.tensor([allowed is not None and own not in allowed for own in c.viable], device=scores.device)
         p = scores.float().masked_fill(barred, float("-inf")).softmax(-1)
@@ -233,75 +246,101 @@ class VLM(nn.Module):
         return [c.viable[i] for i in choice]
 
     def route_scores(self, tree, answer_starts):
-        """The policy's scores of the viable configurations, (B, K, viable), for up to K questions in each prompt.
+        """The policy's scores of the viable configurations, (B, K, viable), for up to K questions in each prompt."""
+        return self.router.layers(self.routing_tokens(tree, answer_starts, self.config.route_layer))
 
-        Takes the newest segment up to the route layer, and routing tokens after it, one where each answer starts: each
+    def overview_will_do(self, tree, answer_starts):
+        """Whether the router is content with the overview, for each sample of a tree over it. Strict, as no number of
+        layers finds what was not looked at: it is, where the probability of each of its questions reaches
+        config.pixel_threshold."""
+        scores = self.router.pixels(self.routing_tokens(tree, answer_starts, self.config.pixel_layer))  # (B, K, 1)
+        p = scores.float().sigmoid().amin((1, 2))                                                       # (B,)
+        p = p.tolist()
+        if not all(map(math.isfinite, p)):
+            raise not_finite("the router's output", scores.dtype)
+        return [x >= self.config.pixel_threshold for x in p]
+
+    def routing_tokens(self, tree, answer_starts, stop):
+        """The routing tokens as they enter layer `stop`, (B, K, d), for up to K questions in each prompt.
+
+        Takes the newest segment up to that layer, and routing tokens after it, one where each answer starts: each
         attends to what stands before it, and no other token to it. Samples with fewer questions repeat their last one.
         """
         if not all(answer_starts):
             raise ValueError("the prompt has no assistant line to answer on: end it with <|im_start|>assistant")
-        shared, newest = tree.root, tree.segments[-1]
-        if shared.stop != self.config.route_layer:
-            raise ValueError('this cache was not made for the router: prefill with "auto"')
+        shared, newest = tree.shared(stop), tree.segments[-1]
         most = max(map(len, answer_starts))                    # K
         starts = np.array([list(row) + [row[-1]] * (most - len(row)) for row in answer_starts])  # (B, K)
         layout = make_routing_layout(*newest.positions[:2], newest.past, starts, self.config, self.device,
                                      compute_dtype(self.router.token))
         token = self.router.token.expand(*starts.shape, -1)                                      # (B, K, d)
-        z, _ = self.language_model.run(token, token[:, :0], layout, shared.sa, 0, shared.stop, shared.cache)
-        return self.router(z)
+        return self.language_model.run(token, token[:, :0], layout, shared.sa, 0, stop, shared.cache)[0]
 
     # --- generation ---
 
-    def new_tree(self, sa, batch, text, vision):
-        """An empty CacheTree for `text` and `vision` tokens a sample. sa: as in `configurations`."""
-        return CacheTree(self.language_model, self.configurations(sa), batch, (round_up(text), vision))  # text grows
+    def new_tree(self, sa, batch, text, vision, pixels="all"):
+        """An empty CacheTree for `text` and `vision` tokens a sample. sa: as in `configurations`. Over the overview its
+        root ends where the router decides on the pixels."""
+        pause = self.config.pixel_layer if pixels == "overview" and self.router else None
+        capacity = round_up(text), vision  # text grows
+        return CacheTree(self.language_model, self.configurations(sa, pixels), batch, capacity, pause)
 
-    def extend(self, tree, batch, timings=None):
+    def extend(self, tree, batch, timings=None, known=None):
         """Adds a data.Batch to a tree, and runs it through the layers that all of its configurations share."""
         with timer(timings, "prefill", self.device):
-            tree.extend(*self.embed(batch, timings), batch.positions)
+            tree.extend(*self.embed(batch, timings, known), batch.positions)
 
     @torch.no_grad()
-    def generate(self, prompts, sa, max_tokens=64, temperature=0.0, top_p=1.0, seed=0, tree=None, on_token=None,
-                 timings=None, allowed=None, routes=None):
+    def generate(self, prompts, sa, pixels="all", timings=None, routes=None, on_token=None, max_tokens=64, **how):
         """Answers to a list of data.Prompt: a list of token id lists, without the closing <|im_end|>.
 
-        sa: a configuration, a list with one for each prompt, or "auto"; allowed: those that the router may choose.
-        temperature 0 is greedy; otherwise tokens are drawn from the smallest set with probability top_p, repeatable
-        by `seed`. tree: the prompts go on from what it holds, as its newest segment. on_token(i, id) is called for
-        each token as it comes. timings: a dict that gains seconds of "encoder", "prefill", "decode". routes: a list
-        that receives each prompt's configuration.
+        sa: a configuration, a list with one for each prompt, or "auto". pixels: "all", "overview" or "auto"; a prompt
+        that has no overview gets all. timings: a dict that gains seconds of "encoder", "prefill", "decode". routes: a
+        list that receives each prompt's Plan. on_token(i, id) is called for each token as it comes. max_tokens, how: as
+        in decoding.generate.
         """
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens {max_tokens}: give at least 1")
         if isinstance(sa, list) and len(sa) != len(prompts):
             raise ValueError(f"{len(sa)} configurations for {len(prompts)} prompts: give one each")
-        batch, device = collate(prompts), self.device
-        steps = min(max_tokens, 1024)        # longer answers make the cache grow
-        tree = tree or self.new_tree(sa, len(prompts), batch.ids.shape[1] + steps, batch.v_pos.shape[1])
-        self.extend(tree, batch, timings)
-        with timer(timings, "prefill", device):
-            sa = self.route(tree, batch.answer_starts, allowed) if sa == "auto" else sa  # one for each prompt
-        chosen = sa if isinstance(sa, list) else [tuple(sa)] * len(prompts)
+        answers, plans = [None] * len(prompts), [None] * len(prompts)
+        for rows, kind, seen, tree in self.look(prompts, sa, pixels, max_tokens, timings):
+            own = [sa[i] for i in rows] if isinstance(sa, list) else sa
+            emit = on_token and (lambda i, token, rows=rows: on_token(rows[i], token))
+            found, ran = generate(self, tree, seen, own, max_tokens, timings=timings, on_token=emit, **how)
+            for i, answer, configuration in zip(rows, found, ran):
+                answers[i], plans[i] = answer, Plan(configuration, kind)
         if routes is not None:
-            routes[:] = chosen
-        answers, groups = [None] * len(prompts), group_by_configuration(chosen)  # mixed routes: each group on its own
-        for own, rows in groups:
-            with timer(timings, "prefill", device):
-                branch = tree if len(groups) == 1 else tree.select(rows)  # nothing runs for a route not taken
-                t, cache = branch.run(own)                                # (rows, Nt, d)
-                last = [len(prompts[i].ids) - 1 for i in rows]            # padding stands behind
-                logits = self.head(self.language_model.norm(t[torch.arange(len(rows)), last]))  # (rows, vocab)
-            with timer(timings, "decode", device):
-                position = np.array([prompts[i].end for i in rows])       # of the first token to come
-                sampler = partial(sample_token, temperature=temperature, top_p=top_p,
-                                  random=torch.Generator(device).manual_seed(seed))
-                emit = on_token and (lambda i, token, rows=rows: on_token(rows[i], token))
-                found = decode(self, logits, branch.past, position, own, cache, max_tokens, sampler, emit)
-                for i, answer in zip(rows, found):
-                    answers[i] = answer
+            routes[:] = plans
         return answers
+
+    def look(self, prompts, sa, pixels, max_tokens, timings):
+        """Yields, of prompts that get the same pixels: their numbers, the pixels, the prompts with them, and the
+        CacheTree whose newest segment they are. Where the overview does not do, its features are used again."""
+        small = {i: data.overview(p, self.config) for i, p in enumerate(prompts) if pixels != "all"}
+        small = {i: p for i, p in small.items() if p}
+        left, known, steps = set(range(len(prompts))), {}, min(max_tokens, 1024)  # longer answers make the cache grow
+        if pixels == "auto" and (sa != "auto" or self.router is None or self.router.pixels is None):
+            raise ValueError('pixels "auto" go with sa "auto", of a model whose router has learned to choose them')
+
+        def tree_of(rows, kind, seen):
+            batch, own = collate(seen), [sa[i] for i in rows] if isinstance(sa, list) else sa
+            tree = self.new_tree(own, len(rows), batch.ids.shape[1] + steps, batch.v_pos.shape[1], kind)
+            self.extend(tree, batch, timings, [known.get(i) for i in rows for _ in prompts[i].images])
+            return tree
+        if small:
+            rows, seen = list(small), list(small.values())
+            with timer(timings, "encoder", self.device):
+                known |= zip(rows, self.pieces([p.images[0] for p in seen]))
+            tree = tree_of(rows, "overview", seen)
+            with timer(timings, "prefill", self.device):
+                enough = pixels == "overview" or self.overview_will_do(tree, [p.answer_starts for p in seen])
+            good = [k for k in range(len(rows)) if enough is True or enough[k]]
+            if good:
+                tree = tree if len(good) == len(rows) else tree.select(good)
+                left -= {rows[k] for k in good}
+                yield [rows[k] for k in good], "overview", [seen[k] for k in good], tree
+        if left:
+            rows, seen = sorted(left), [prompts[i] for i in sorted(left)]
+            yield rows, "all", seen, tree_of(rows, "all", seen)
 
     def decode_step(self, tokens, layout, sa, cache):
         """One token for each sample: tokens (B,) -> logits (B, vocab) of what follows. layout: DecodeLayout.
@@ -319,39 +358,17 @@ class VLM(nn.Module):
     # --- encode once, ask many ---
 
     @torch.no_grad()
-    def prefill(self, prompts, sa, text_capacity=512, timings=None):
-        """Runs what several questions share, the system text and the images, once: a CacheTree for `answer`.
+    def prefill(self, prompts, sa, text_capacity=512, timings=None, pixels="all"):
+        """Runs what several questions share, the system text and the images, once: a CacheTree.
 
         prompts: a list of data.Prompt. Attention is causal, so none of it depends on the question. All layers run now
         where `sa` is one configuration; with "auto" those before the route layer, and each other layer when a question
         is first sent there. text_capacity: tokens to reserve for questions and answers; the cache grows beyond.
         """
         batch = collate(prompts)
-        tree = self.new_tree(sa, len(prompts), batch.ids.shape[1] + text_capacity, batch.v_pos.shape[1])
+        tree = self.new_tree(sa, len(prompts), batch.ids.shape[1] + text_capacity, batch.v_pos.shape[1], pixels)
         self.extend(tree, batch, timings)
         return tree
-
-    @torch.no_grad()
-    def answer(self, tree, prompt, keep=False, **how):
-        """The answer (token ids) to a prompt that goes on from a tree of one sample: data.encode(..., start=tree.end).
-
-        keep: question and answer stay in the tree, so that the next turn can refer to them; otherwise it is as it was,
-        for the next question. how: as in generate."""
-        n = len(tree.segments)  # to come back to
-        sa = "auto" if len(tree.configurations) > 1 else tree.configurations[0]
-        try:
-            answer, = self.generate([prompt], sa, tree=tree, **how)
-        except BaseException:   # Ctrl-C too
-            tree.truncate(n)
-            raise
-        if not keep:            # its cache positions are written again by the next question
-            tree.truncate(n)
-            return answer
-        # The answer's keys stand in the cache of its own route; as a segment, other routes can run it when they need it
-        closed = answer + self.tokenizer.encode("<|im_end|>\n", add_special_tokens=False).ids
-        turn = Prompt(closed, [tree.end + i for i in range(len(closed))], [], [], [])
-        self.extend(tree, collate([turn]))
-        return answer
 
     # --- VISOR from a dense model ---
 

@@ -1,6 +1,6 @@
-"""What the configurations of a model can do and what they save, by task: a table for the terminal, JSON, plots.
+"""What the plans of a model can do and what they save, by task: a table for the terminal, JSON, plots.
 
-Made from the results of router.evaluate (paper: Tables 1 and 5, figures 6 to 10). Drawing needs matplotlib, nothing
+Made from the results of evaluation.evaluate (paper: Tables 1 and 5, figures 6 to 10). Drawing needs matplotlib, nothing
 else does.
 """
 import json
@@ -10,61 +10,72 @@ import numpy as np
 
 import data
 from cli import atomic
-from flops import connector_flops, llm_flops, router_flops, sa_name, tower_flops
+from config import Plan
+from flops import connector_flops, llm_flops, pixel_flops, plan_name, router_flops, tower_flops
 
 
 class Report:
-    """Rows of accuracy and saving, by task and by group of tasks: one for a configuration, a router or an oracle.
+    """Rows of accuracy and saving, by task and by group of tasks: one for a plan, a router or an oracle.
 
     Savings are operations of the dense model, without packing, over the mean of those that ran: "saving" of the
-    language model's prefill, router included, "end_to_end" with the encoder too. "mean_saving" is the mean of the
-    tasks' own savings, larger wherever they differ.
+    language model's prefill, router included, "end_to_end" up to the first token, with the encoder too. "mean_saving"
+    is the mean of the tasks' own savings, larger wherever they differ.
     """
 
     def __init__(self, config, groups, text, image_size):
         """groups: {"detail": [tasks], ...}; text, image_size: tokens and (width, height) of a usual prompt, image."""
         self.config, self.groups, self.text_tokens = config, groups, text
-        self.rows, self.labels = [], {}  # labels: the pseudo-label of each task, number in config.viable
+        self.rows, self.labels = [], {}  # labels: the pseudo-label of each task, number in config.plans
         plain = config.unpacked()
         self.tiling, dense_tiling = data.tiling(*image_size, config), data.tiling(*image_size, plain)
         everything = tuple(range(config.layers))
         self.dense = llm_flops(plain, everything, text, dense_tiling.tokens)
         self.dense_encoder = tower_flops(plain, dense_tiling.tiles) + connector_flops(plain, dense_tiling.tiles)
-        self.encoder = tower_flops(config, self.tiling.tiles) + connector_flops(config, self.tiling.tiles)
-        self.cost = {sa: llm_flops(config, sa, text, self.tiling.tokens) for sa in config.viable}
-        self.cost[everything] = self.dense
+        seen = {"all": (self.tiling.tokens, self.tiling.tiles), "overview": (data.overview_tokens(config), 1)}
+        self.encoder = {pixels: tower_flops(config, n) + connector_flops(config, n) for pixels, (_, n) in seen.items()}
+        self.cost = {plan: llm_flops(config, plan.sa, text, seen[plan.pixels][0]) for plan in config.plans}
+        self.cost[Plan(everything)] = self.dense
 
-    def router_flops(self):
-        """Operations of the routing token behind a usual prompt."""
-        return router_flops(self.config, self.text_tokens, self.tiling.tokens)
+    def router_flops(self, plan):
+        """Operations of choosing a plan for a usual prompt: of the routing token, and of the prompt over the overview
+        where that did not do."""
+        c, text = self.config, self.text_tokens
+        decide = pixel_flops(c, text) if c.overview else 0
+        if plan.pixels == "overview":
+            return decide
+        if c.overview:
+            vision = data.overview_tokens(c)
+            decide += llm_flops(c, c.overview[0], text, vision, head=False, layers=range(c.pixel_layer))
+        return decide + router_flops(c, text, self.tiling.tokens)
 
-    def add(self, label, sa, results, configurations, choice, extra=0):
-        """A row: what happens if result r is answered in configuration number choice(r).
+    def add(self, label, plan, results, plans, choice, extra=lambda plan: 0):
+        """A row: what happens if result r is answered with plan number choice(r).
 
-        sa: the configuration, or None where it differs; extra: operations besides it, such as the router's.
+        plan: it, or None where it differs; extra: operations besides those of a plan, such as the router's.
         """
         tasks = {}
         for r in results:
             i = choice(r)
-            tasks.setdefault(r["task"], []).append((configurations[i], r["correct"][i]))
+            tasks.setdefault(r["task"], []).append((plans[i], r["correct"][i]))
         accuracy = {t: float(np.mean([ok for _, ok in x])) for t, x in tasks.items()}
-        encoder = self.dense_encoder if label == "dense" else self.encoder
 
         def account(names):
-            """Of some tasks, each with the same weight: mean layers, savings, shares of the configurations."""
+            """Of some tasks, each with the same weight: mean layers, savings, shares of the plans."""
             shares = Counter()
             for t in names:
                 for own, _ in tasks[t]:
                     shares[own] += 1 / len(tasks[t]) / len(names)
-            cost = extra + sum(self.cost[own] * share for own, share in shares.items())
-            return {"layers": sum(len(own) * share for own, share in shares.items()),
+            cost = sum((extra(own) + self.cost[own]) * share for own, share in shares.items())
+            encoder = sum(self.dense_encoder if label == "dense" else self.encoder[own.pixels] * share
+                          for own, share in shares.items())
+            return {"layers": sum(len(own.sa) * share for own, share in shares.items()),
                     "saving": self.dense / cost,
                     "end_to_end": (self.dense + self.dense_encoder) / (cost + encoder),
-                    "shares": {sa_name(self.config, own): share for own, share in sorted(shares.items())}}
+                    "shares": {plan_name(self.config, own): share for own, share in sorted(shares.items())}}
 
         by_task = {t: account([t]) for t in tasks}
         self.rows.append({
-            "name": label, "sa": None if sa is None else list(sa), "tasks": accuracy,
+            "name": label, "sa": plan and list(plan.sa), "pixels": plan and plan.pixels, "tasks": accuracy,
             "questions": {t: len(x) for t, x in tasks.items()},
             **{group: float(np.mean([accuracy[t] for t in names])) for group, names in self.groups.items()},
             **account(list(tasks)), "mean_saving": float(np.mean([x["saving"] for x in by_task.values()])),
@@ -75,7 +86,8 @@ class Report:
     def text(self):
         """The table: a line for each task, a column for each row."""
         lines = [["layers", *(row["name"].replace("dense", "all") for row in self.rows)],
-                 ["saving", *(f"{row['saving']:.2f}x" for row in self.rows)]]
+                 ["saving", *(f"{row['saving']:.2f}x" for row in self.rows)],
+                 ["with encoder", *(f"{row['end_to_end']:.2f}x" for row in self.rows)]]
         for group, tasks in self.groups.items():
             lines += [[]] + [[task, *(f"{row['tasks'][task]:.3f}" for row in self.rows)] for task in tasks]
             lines.append([group.upper(), *(f"{row[group]:.3f}" for row in self.rows)])
@@ -84,7 +96,7 @@ class Report:
     def routes(self):
         """What the router did with each task: layers, savings, configurations in %, * that of its pseudo-label."""
         row = next(r for r in self.rows if r["name"] == "router")
-        names = [sa_name(self.config, sa) for sa in self.config.viable]
+        names = [plan_name(self.config, plan) for plan in self.config.plans]
         lines = [["routed to, %", "layers", "LLM", "in all", *names]]
         for group, tasks in self.groups.items():
             for label, x in [*((t, row["by_task"][t]) for t in tasks), (group.upper(), row["by_group"][group])]:
@@ -143,16 +155,17 @@ class Report:
     def draw_routes(self, axes, row, tasks, colours):
         """Bars: the share of each task's questions that went to each configuration."""
         start = np.zeros(len(tasks))
-        for k, sa in enumerate(self.config.viable):
-            label = sa_name(self.config, sa)
+        plans = self.config.plans
+        for k, plan in enumerate(plans):
+            label = plan_name(self.config, plan)
             share = np.array([row["by_task"][t]["shares"].get(label, 0) for t in tasks])
             axes.barh(range(len(tasks)), share, left=start, label=label,
-                      color=colours(k / max(1, len(self.config.viable) - 1)))
+                      color=colours(k / max(1, len(plans) - 1)))
             start += share
         axes.set_yticks(range(len(tasks)), tasks)
         axes.invert_yaxis()
         axes.set(xlim=(0, 1), xlabel="share of questions", title="what the router chose")
-        axes.legend(fontsize=8, loc="lower center", ncols=len(self.config.viable), bbox_to_anchor=(0.5, -0.25))
+        axes.legend(fontsize=8, loc="lower center", ncols=len(plans), bbox_to_anchor=(0.5, -0.25))
 
 
 def columns(lines, first=14, width=80):

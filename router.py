@@ -1,13 +1,11 @@
-"""Which self-attention layers run: what each configuration can do and what it costs, and what the policy learns from.
+"""What a question needs: which plans are viable, which one is right for a question, what the policy learns from.
 
     python router.py --search --model DIR    which sub-networks are viable (paper 4.2.3, appendix A)
     python router.py --label FILE            every configuration on a training subset, question by question (4.3)
     python router.py --report                what the router did (appendices B, C, D)
 
-`evaluate` asks the same questions in several configurations and gives a result for each question; viable
-configurations, pseudo-labels and reports are made from these results. layers.Policy is the network, VLM.route calls it,
-train.py --stage 3 trains it on RouterBatches. An evaluation set is a list of (PIL image or path of one, [(task,
-question, answer), ...]).
+All of it is made from results of evaluation.evaluate. layers.Policy is the network, VLM.overview_will_do and VLM.route
+call it, train.py --stage 3 trains it on RouterBatches.
 """
 import json
 import sys
@@ -19,135 +17,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
-import pictures
 import report
-from cli import Parser, append_rows, atomic, checkpoint_path, free_threads, not_finite, placement, run
-from flops import llm_flops, sa_name
-from layout import upload
+from cli import Parser, append_rows, atomic, checkpoint_path, free_threads, placement, run
+from config import Plan
+from evaluation import accuracy, all_results, evaluate, opened
+from flops import llm_flops, plan_name, sa_name
 from llava.samples import Samples, eval_questions, reference_prompt
 from model import VLM
 from toy import world
 
-# --- evaluation -----------------------------------------------------------------------------------------------------
 
-def image_batches(eval_set, config, done=(), progress=False, batch_size=128, tokens=1 << 14, waiting=1 << 29):
-    """Lists of (number, data.ProcessedImage, questions) of the set's images, of those with equally many visual tokens
-    and questions, so that no visual tokens are padded.
-
-    Each image is decoded once and waits until its list has batch_size images or would pass `tokens` visual tokens with
-    another; where more than `waiting` bytes wait, the largest list goes. An image that cannot be read is named on
-    stderr and passed over. done: numbers of images to leave out. Raises ValueError where none can be read.
-    """
-    groups, unread = {}, 0  # (visual tokens, questions): those that wait
-    for i, (image, questions) in enumerate(tqdm(eval_set, "evaluation", disable=not progress, leave=False, ncols=80)):
-        if i in done:
-            continue
-        try:
-            x = data.process_image(opened(image), config)
-        except data.SampleError as e:
-            tqdm.write(f"{e}; passed over", file=sys.stderr)
-            unread += 1
-            continue
-        kind = x.tiling.tokens, len(questions)
-        groups.setdefault(kind, []).append((i, x, questions))
-        size = {k: sum(x.pixels.nbytes for _, x, _ in group) for k, group in groups.items()}
-        if len(groups[kind]) >= min(batch_size, tokens // x.tiling.tokens):
-            yield groups.pop(kind)
-        elif sum(size.values()) > waiting:
-            yield groups.pop(max(size, key=size.get))
-    yield from groups.values()
-    if unread == len(eval_set):
-        raise ValueError("none of the images can be read: nothing to evaluate")
-
-
-def opened(image):
-    """The PIL image of an evaluation set, which has paths where it comes from a file."""
-    return pictures.load_image(image) if isinstance(image, Path) else image
-
-
-@torch.no_grad()
-def evaluate(model, eval_set, configurations, done=(), progress=True):
-    """Yields a list of results for each batch of images: one dict for each question.
-
-    {"image": number in the set, "task", "question", "answer", "correct": [1 or 0 for each configuration],
-     "prefix_match": [answer tokens before the first wrong one], "loss": [summed over the answer's tokens], "route":
-     index of what the router chooses, where the model has one and the configurations are its own}
-
-    An answer is correct if greedy decoding gives exactly it: if each of its tokens, and <|im_end|> after them, is the
-    likeliest given those before. One teacher-forced forward tells that, and the loss with it. Each image is decoded and
-    encoded once; what configurations have in common is computed once for all of them, as they walk one CacheTree. done,
-    progress: as in image_batches.
-    """
-    prefix, _ = data.split_shared(data.chatml([data.place_images("?", 1)]))  # system text and image
-    for batch in image_batches(eval_set, model.config, done, progress):
-        prompts = [data.encode(prefix, model.tokenizer, [x]) for _, x, _ in batch]
-        tree = model.prefill(prompts, list(configurations), 64)
-        results = []                                                         # of this batch
-        for asked in zip(*(questions for *_, questions in batch)):           # the k-th question of every image
-            scores = score_answers(model, [(q, a) for _, q, a in asked], tree)
-            results += [{"image": i, "task": task, "question": q, "answer": a, **score}
-                        for (i, *_), (task, q, a), score in zip(batch, asked, scores)]
-        yield sorted(results, key=lambda r: r["image"])
-
-
-def score_answers(model, pairs, tree):
-    """What `evaluate` says about one (question, answer) for each sample of a tree, in the tree's configurations."""
-    prompts, labels = [], []                                                 # what follows the images
-    for question, answer in pairs:
-        text = data.split_shared(data.chatml([data.place_images(question, 1)]))[1]  # behind the image
-        prompt, label = data.labelled([(text, False), (answer + "<|im_end|>", True)], model.tokenizer, start=tree.end)
-        prompts.append(prompt)
-        labels.append(label)
-    batch, labels = data.collate(prompts), data.pad(labels, -1)              # (B, Nt) where an answer stands, else -1
-    is_target = data.target_mask(labels, batch.t_pos)                        # (B, Nt - 1)
-    sample, token = is_target.nonzero()                                      # on the host
-    on = upload(model.device, index=sample * labels.shape[1] + token, targets=labels[sample, token + 1])
-    segments = len(tree.segments)
-    model.extend(tree, batch)                                                # the layers that all configurations share
-    routes = []
-    if model.router is not None and tuple(tree.configurations) == model.config.viable:
-        routes = model.route(tree, batch.answer_starts)                      # before the answer: it is not seen
-    found = []                                                               # (2, targets) of each configuration
-    for sa in tree.configurations:                                           # each goes on where they branch
-        h = tree.run(sa)[0].flatten(0, 1).index_select(0, on.index)          # (targets, d)
-        logits = model.head(model.language_model.norm(h))                    # (targets, vocab) stay on the device
-        loss = F.cross_entropy(logits.float(), on.targets, reduction="none")
-        found.append(torch.stack([logits.argmax(-1) == on.targets, loss]))
-    hit, loss = np.ones((len(found), *is_target.shape)), np.zeros((len(found), *is_target.shape))
-    hit[:, sample, token], loss[:, sample, token] = torch.stack(found, 1).cpu().numpy()  # the only thing read back
-    for sa, own in zip(tree.configurations, loss):
-        if not np.isfinite(own).all():
-            raise not_finite(f"the loss of configuration {sa_name(model.config, sa)}", logits.dtype)
-    matches = (hit.cumprod(2) * is_target).sum(2).astype(int)                # targets before the first wrong one
-    scores = [{"correct": [int(n == length) for n in own],                   # the whole answer, and where it ends
-               "prefix_match": own.tolist(), "loss": [round(x, 5) for x in losses.tolist()]}
-              for own, length, losses in zip(matches.T, is_target.sum(1), loss.sum(2).T)]
-    for score, sa in zip(scores, routes):
-        score["route"] = model.config.viable.index(sa)
-    tree.truncate(segments)                                                  # ready for the next question
-    return scores
-
-
-def all_results(model, eval_set, configurations, progress=True):
-    """The results of a whole evaluation, in the order of its images."""
-    results = [r for batch in evaluate(model, eval_set, configurations, progress=progress) for r in batch]
-    return sorted(results, key=lambda r: r["image"])
-
-
-def accuracy(results, i):
-    """{task: share of correct answers in configuration number i}."""
-    tasks = {}  # task: [1 or 0 for each question]
-    for r in results:
-        tasks.setdefault(r["task"], []).append(r["correct"][i])
-    return {task: float(np.mean(correct)) for task, correct in tasks.items()}
-
-
-def largest(configurations):
-    """The number of the configuration with the most layers, the "full model" of 4.3."""
-    return max(range(len(configurations)), key=lambda i: len(configurations[i]))
+def largest(plans):
+    """The number of the plan with the most layers over all pixels, the "full model" of 4.3."""
+    return max(range(len(plans)), key=lambda i: (plans[i].pixels == "all", len(plans[i].sa)))
 
 
 # --- viable configurations (paper 4.2.3, appendix A) ----------------------------------------------------------------
@@ -175,7 +59,7 @@ def viable(config, configurations, results, keep=0.99, text=40, vision=1000):
     to hold. It is viable if it holds at least one task, and no other one that costs less, or as much with a better
     mean, holds all that it holds.
     """
-    full = accuracy(results, largest(configurations))  # what there is to hold
+    full = accuracy(results, largest([Plan(sa) for sa in configurations]))  # what there is to hold
     candidates = []  # (cost, -mean accuracy, configuration, the tasks that it holds)
     for i, sa in enumerate(configurations):
         own = accuracy(results, i)
@@ -193,10 +77,10 @@ def viable(config, configurations, results, keep=0.99, text=40, vision=1000):
 # --- pseudo-labels (paper 4.3, appendix D) --------------------------------------------------------------------------
 
 def log_results(path, model, eval_set):
-    """Results in all viable configurations, also in a JSON Lines file whose first line says of what. What the file has
+    """Results of all of a model's plans, also in a JSON Lines file whose first line says of what. What the file has
     already is not done again. Raises ValueError if the file is about something else."""
     path = Path(path)
-    head = json.dumps({"viable": model.config.viable, **fingerprint(model, eval_set)})
+    head = json.dumps({"plans": model.config.plans, **fingerprint(model, eval_set)})
     lines = path.read_text(errors="replace").split("\n") if path.is_file() else [""]  # "" stands for the head to come
     unfinished = lines.pop()  # the last line, as far as it was written
     other = lines[0] != head if lines else not head.startswith(unfinished)
@@ -214,7 +98,7 @@ def log_results(path, model, eval_set):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as beside:
         beside.write_text("\n".join([head, *lines[1:1 + len(found)], ""]))
-    for results in evaluate(model, eval_set, model.config.viable, {row["image"] for row in found}):
+    for results in evaluate(model, eval_set, model.config.plans, {row["image"] for row in found}):
         rows = [{**r, "left": len(results) - i} for i, r in enumerate(results, 1)]  # rows of its batch that follow
         append_rows(path, rows)  # a kill costs one batch
         found += rows
@@ -225,7 +109,7 @@ def read_result(line, model, eval_set):
     """What `evaluate` has said about a question of this set, from its line in a file; None where that is damaged."""
     try:
         r = json.loads(line)
-        whole = all(len(r[k]) == len(model.config.viable) and np.isfinite(r[k]).all()
+        whole = all(len(r[k]) == len(model.config.plans) and np.isfinite(r[k]).all()
                     for k in ("correct", "prefix_match", "loss"))
         whole = whole and type(r["left"]) is int and (r["task"], r["question"], r["answer"]) in eval_set[r["image"]][1]
         return r if whole else None
@@ -246,49 +130,57 @@ def fingerprint(model, eval_set):
     return {"model": of_model, "eval_set": of_set}
 
 
-def cheapest(configurations, numbers, loss):
-    """Of these configurations (by number), the one with the fewest layers, then the lowest loss."""
-    return min(numbers, key=lambda i: (len(configurations[i]), loss[i]))
+def cheapest(plans, numbers, loss):
+    """Of these plans (by number), the one that is cheapest to the first token: over the overview if it may be, with the
+    fewest layers; then the lowest loss."""
+    return min(numbers, key=lambda i: (plans[i].pixels == "all", len(plans[i].sa), loss[i]))
 
 
-def labels_by_task(configurations, results, keep=0.99):
-    """{task: number of the configuration}: fewest layers of those that keep `keep` of the full accuracy (4.3)."""
-    correct, loss = {}, {}  # task: a row for each question, a column for each configuration
+def labels_by_task(plans, results, keep=0.99, among=None):
+    """{task: number of the plan}: the cheapest of those that keep `keep` of the full accuracy (4.3). among: the numbers
+    of those to choose from (default: all)."""
+    correct, loss = {}, {}  # task: a row for each question, a column for each plan
     for r in results:
         correct.setdefault(r["task"], []).append(r["correct"])
         loss.setdefault(r["task"], []).append(r["loss"])
-    full, labels = largest(configurations), {}
+    full, labels = largest(plans), {}
     for task in correct:
-        acc = np.mean(correct[task], axis=0)           # (configurations,)
-        good = [i for i in range(len(configurations)) if acc[i] >= keep * acc[full]]
-        labels[task] = cheapest(configurations, good, np.sum(loss[task], axis=0))  # "the lowest aggregate loss"
+        acc = np.mean(correct[task], axis=0)           # (plans,)
+        good = [i for i in among or range(len(plans)) if acc[i] >= keep * acc[full]]
+        labels[task] = cheapest(plans, good, np.sum(loss[task], axis=0))  # "the lowest aggregate loss"
     return labels
 
 
-def oracle(configurations, result):
-    """The configuration, by number, with the most correct tokens before the first wrong one, then the fewest layers,
-    then the lowest loss (appendix D)."""
-    best = max(result["prefix_match"])                 # tokens that agree with the ground truth
-    return cheapest(configurations, [i for i, m in enumerate(result["prefix_match"]) if m == best], result["loss"])
+def oracle(plans, result, among=None):
+    """The plan, by number, with the most correct tokens before the first wrong one, then the cheapest, then the lowest
+    loss (appendix D). among: as in labels_by_task."""
+    among = among or range(len(plans))
+    best = max(result["prefix_match"][i] for i in among)  # tokens that agree with the ground truth
+    return cheapest(plans, [i for i in among if result["prefix_match"][i] == best], result["loss"])
 
 
-def pseudo_labels(configurations, results, per="task", leave_out=()):
-    """[(image, question, number of the configuration to choose)]. per: "task" (4.3) or "sample" (appendix D).
-    leave_out: tasks that the router is not to learn from (appendix G). Raises ValueError."""
+def pseudo_labels(plans, results, per="task", leave_out=()):
+    """[(image, question, whether the overview will do, the configuration over all pixels)]: what the router is to say.
+    per: "task" (4.3) or "sample" (appendix D). leave_out: tasks that the router is not to learn from (appendix G).
+    Raises ValueError."""
     tasks = {r["task"] for r in results}               # of a mixture its files
     if not set(leave_out) < tasks:
         raise ValueError(f"--leave-out {' '.join(sorted(leave_out))}: leave out some, not all, of "
                          f"{', '.join(sorted(tasks))}")
-    by_task = labels_by_task(configurations, results)  # one label for a whole subset, as the paper
-    return [(r["image"], r["question"], by_task[r["task"]] if per == "task" else oracle(configurations, r))
+    whole = [i for i, plan in enumerate(plans) if plan.pixels == "all"]
+    best, over_all = (labels_by_task(plans, results, among=own) for own in (None, whole))  # one for a whole subset
+
+    def label(r, among, by_task):
+        return plans[by_task[r["task"]] if per == "task" else oracle(plans, r, among)]
+    return [(r["image"], r["question"], label(r, None, best).pixels == "overview", label(r, whole, over_all).sa)
             for r in results if r["task"] not in leave_out]
 
 
 # --- what the policy learns from (paper 4.3) ------------------------------------------------------------------------
 
 class RouterBatches:
-    """Batches of questions and the configurations they are to be sent to; deterministic: batch i depends only on
-    (seed, i)."""
+    """Batches of questions, whether the overview will do for them, and the configurations they are to be sent to over
+    all pixels; deterministic: batch i depends only on (seed, i)."""
 
     def __init__(self, model, eval_set, targets, seed, batch_size=256, label_smoothing=0.0):
         """targets: of pseudo_labels, about this evaluation set."""
@@ -297,14 +189,15 @@ class RouterBatches:
         self.tokens = None  # of a step: training files count them
 
     def __getitem__(self, i):
-        """(data.Batch, targets (B,))."""
+        """(prompts over all pixels, whether the overview will do (B,), numbers of viable configurations (B,))."""
         drawn = np.random.default_rng((self.seed, i)).integers(len(self.targets), size=self.batch_size)  # (B,)
-        prompts = []
-        for image, question, _ in (self.targets[k] for k in drawn):
-            processed = data.process_image(opened(self.eval_set[image][0]), self.model.config)
+        prompts, c = [], self.model.config
+        for image, question, *_ in (self.targets[k] for k in drawn):
+            processed = data.process_image(opened(self.eval_set[image][0]), c)
             text = data.chatml([data.place_images(question, 1)])
             prompts.append(data.encode(text, self.model.tokenizer, [processed]))
-        return data.collate(prompts), torch.tensor([self.targets[k][2] for k in drawn])
+        enough, sa = zip(*(self.targets[k][2:] for k in drawn))
+        return prompts, torch.tensor(enough), torch.tensor([c.viable.index(own) for own in sa])
 
     def batches(self, first):
         """Batch after batch, from number `first` on."""
@@ -314,14 +207,27 @@ class RouterBatches:
         """None: a router is trained in no configuration."""
 
     def losses(self, item, plan, step):
-        """Yields the cross-entropy of the policy. All else is frozen: only what the routing token runs through has
-        gradients."""
-        batch, targets = item
-        with torch.no_grad():  # the prompt, up to the route layer
-            tree = self.model.new_tree("auto", len(batch.ids), batch.ids.shape[1], batch.v_pos.shape[1])
+        """Yields the cross-entropies of the policy, for the configuration and, where it has them to decide on, for the
+        pixels. All else is frozen: only what the routing token runs through has gradients."""
+        prompts, enough, configurations = item
+        c, policy = self.model.config, self.model.router
+        scores = policy.layers(self.read(prompts, "all", c.route_layer))                              # (B, viable)
+        yield F.cross_entropy(scores, configurations.to(scores.device), label_smoothing=self.label_smoothing)
+        small = [data.overview(p, c) for p in prompts]
+        rows = [i for i, p in enumerate(small) if p]
+        if policy.pixels is not None and rows:
+            scores = policy.pixels(self.read([small[i] for i in rows], "overview", c.pixel_layer))[:, 0]
+            wanted = enough[rows].to(scores) * (1 - self.label_smoothing) + self.label_smoothing / 2  # (rows,)
+            yield F.binary_cross_entropy_with_logits(scores, wanted)
+
+    def read(self, prompts, pixels, stop):
+        """The routing tokens (B, d) behind prompts of one question each, as they enter layer `stop`."""
+        batch = data.collate(prompts)
+        with torch.no_grad():  # the prompt, up to there
+            tree = self.model.new_tree("auto", len(prompts), batch.ids.shape[1], batch.v_pos.shape[1], pixels)
             self.model.extend(tree, batch)
-        scores = self.model.route_scores(tree, batch.answer_starts)[:, 0]  # (B, viable), of the one question
-        yield F.cross_entropy(scores, targets.to(scores.device), label_smoothing=self.label_smoothing)
+            tree.shared(stop)
+        return self.model.routing_tokens(tree, batch.answer_starts, stop)[:, 0]
 
 
 def conservative_threshold(label_smoothing, n):
@@ -334,23 +240,23 @@ def conservative_threshold(label_smoothing, n):
 # --- reports --------------------------------------------------------------------------------------------------------
 
 def summarise(config, results, groups, text, image_size, dense=None):
-    """report.Report with a row for dense, every viable configuration, the router and the oracle.
+    """report.Report with a row for dense, every plan, the router and the oracle.
 
-    results: of `evaluate` in config.viable, or in dense alone; dense: results of the dense model, if any; groups,
+    results: of `evaluate` with config.plans, or of dense alone; dense: results of the dense model, if any; groups,
     text, image_size: as in report.Report.
     """
-    table = report.Report(config, groups, text, image_size)
-    # Each row says in which configuration, by number, it answers result r
-    everything = tuple(range(config.layers))
-    if dense or not config.viable:
+    table, plans = report.Report(config, groups, text, image_size), config.plans
+    # Each row says with which plan, by number, it answers result r
+    everything = Plan(tuple(range(config.layers)))
+    if dense or not plans:
         table.add("dense", everything, dense or results, [everything], lambda r: 0)
-    for i, sa in enumerate(config.viable):
-        table.add(sa_name(config, sa), sa, results, config.viable, lambda r, i=i: i)
-    if config.viable:
-        table.labels = labels_by_task(config.viable, results)
+    for i, plan in enumerate(plans):
+        table.add(plan_name(config, plan), plan, results, plans, lambda r, i=i: i)
+    if plans:
+        table.labels = labels_by_task(plans, results)
         if "route" in results[0]:
-            table.add("router", None, results, config.viable, lambda r: r["route"], table.router_flops())
-            table.add("oracle", None, results, config.viable, lambda r: oracle(config.viable, r))
+            table.add("router", None, results, plans, lambda r: r["route"], table.router_flops)
+            table.add("oracle", None, results, plans, lambda r: oracle(plans, r))
     return table
 
 
@@ -409,12 +315,12 @@ def main(argv=None):
         search(model, directory, eval_set, args)
     elif args.label:  # 4.3
         results = log_results(args.label, model, eval_set)
-        for task, i in labels_by_task(c.viable, results, args.keep).items():
-            print(f"{task:<14} {sa_name(c, c.viable[i])}")
+        for task, i in labels_by_task(c.plans, results, args.keep).items():
+            print(f"{task:<14} {plan_name(c, c.plans[i])}")
     elif model.router is None:
         raise ValueError(f"{directory} has no router: python train.py --stage 3 --model {directory} trains one")
     else:
-        results = all_results(model, eval_set, c.viable)
+        results = all_results(model, eval_set, c.plans)
         reference = ((world.STRATA, *world.REFERENCE_PROMPT) if args.data == "toy" else
                      reference_prompt(samples, eval_set, results))
         table = summarise(c, results, *reference)  # appendices B, C, D
@@ -429,7 +335,7 @@ def search(model, directory, eval_set, args):
     if c.router:
         raise ValueError(f"{directory} has a router, made for its viable configurations; search before stage 3")
     tried = subnetworks(c.sa)
-    results = all_results(model, eval_set, tried)
+    results = all_results(model, eval_set, [Plan(sa) for sa in tried])
     own = [accuracy(results, i) for i in range(len(tried))]
     tasks = [t for names in world.STRATA.values() for t in names] if args.data == "toy" else list(own[0])
     share = np.array([[x[t] / own[-1][t] if own[-1][t] else 0.0 for t in tasks] for x in own])  # (tried, tasks)
@@ -438,7 +344,7 @@ def search(model, directory, eval_set, args):
     print(report.columns([["layers", *names], *([t, *(f"{x:.2f}" for x in row)] for t, row in zip(tasks, share.T))]))
     if len(found) < 2:  # the model can do too little: every sub-network falls with the largest
         raise ValueError(f"{directory}: {len(found)} viable configurations, nothing to choose from; train it longer")
-    c.viable = found  # stage 2 will draw from these
+    c.viable, c.overview = found, tuple(sa for sa in c.overview if sa in found)  # stage 2 will draw from these
     with atomic(directory / "config.json") as beside:
         beside.write_text(c.to_json())
     print(f"{directory}/config.json: {len(found)} viable configurations, marked *", file=sys.stderr)

@@ -21,7 +21,6 @@ import fcntl
 import json
 import math
 import textwrap
-from collections import Counter
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,13 +31,16 @@ import data
 import pictures
 from answers import answers
 from cli import Parser, checkpoint_path, counted, leave, placement, run, signals, writing
-from config import branch_layers
-from flops import answer_flops, connector_flops, llm_flops, router_flops, sa_name, tower_flops, within_budget
+from config import PIXELS
+from costs import Costs, Route, report_of, summary
+from flops import within_budget
 from llava.index import kind_of, parse_sample
 from llava.samples import image_names
 
-RESULT = "run", "answer", "tokens", "sa", "routed", "text_tokens", "vision_tokens", "flops", "error"  # of --batch
-ASKED = "model", "sa", "budget", "pack", "max_tokens", "temperature", "top_p", "seed"  # answers depend on them
+RESULT = ("run", "answer", "tokens", "sa", "pixels", "routed", "text_tokens", "vision_tokens", "flops",
+          "error")  # of --batch
+ASKED = ("model", "sa", "pixels", "budget", "pack", "max_tokens", "temperature", "top_p",
+         "seed")  # answers depend on them
 
 
 def parse(argv=None):
@@ -61,6 +63,8 @@ def parse(argv=None):
                    "(default: nano, the one beside this script)")
     p.add_argument("--sa", default="auto", metavar="LAYERS", help="self-attention layers to run: auto, dense, none, or "
                    "numbers such as 1,4,7 (default: auto)")
+    p.add_argument("--pixels", choices=("auto", *PIXELS), help="what is seen of a single image: overview, its base "
+                   "tile; all; auto, the overview if the router is content with it (default: auto where --sa is)")
     p.add_argument("--budget", type=float, metavar="F", help="run no viable configuration whose prompt costs more "
                    "than F of the dense language model's; without a router, the costliest that fits")
     p.add_argument("--pack", type=float, metavar="R", help="pack the visual tokens of each tile to about 1/R of them")
@@ -92,6 +96,8 @@ def parse(argv=None):
         p.error(f"--explain {args.explain}: give a .png file in a directory that exists")
     if args.explain and not args.image:
         p.error("--explain draws an image: give one with --image")
+    if args.pixels == "auto" and args.sa != "auto":
+        p.error("--pixels auto goes with --sa auto; name the pixels, too")
     if args.budget is not None and args.sa != "auto":
         p.error("--budget chooses the configuration itself; leave --sa out")
     return args
@@ -133,6 +139,14 @@ def configuration(args, config, text, vision, dense_vision):
     if config.router:
         return "auto", None
     return max(config.viable, key=len, default=config.configuration("dense")), None
+
+
+def pixels_of(args, config):
+    """What VLM.generate is called with. Raises ValueError where the model cannot have it."""
+    chooses = config.router and config.overview
+    if args.pixels == "auto" and not chooses:
+        raise ValueError("--pixels auto: this model has no router that chooses them; give overview or all")
+    return args.pixels or ("auto" if chooses and args.sa == "auto" else "all")
 
 
 def warn_of_layers(args, config):
@@ -211,8 +225,9 @@ def main(argv=None):
     if c.world == "toy":
         warn_of_other_worlds(args.q, images, model.tokenizer)
     warn_of_layers(args, c)
-    stream = sys.stdout.isatty() and not args.json
-    trees, costs = {}, Costs(c, processed, dense_vision)
+    from conversation import Conversation  # with torch, 1.5 s
+    stream, pixels = sys.stdout.isatty() and not args.json, pixels_of(args, c)
+    conversations, costs = {}, Costs(c, processed, dense_vision)
     for question, text in zip(args.q, texts):
         prefix, own = data.split_shared(text)
         prefix = data.encode(prefix, model.tokenizer, processed)
@@ -220,14 +235,15 @@ def main(argv=None):
         n_text, n_vision = len(prefix.ids) + len(prompt.ids), len(prefix.v_pos)
         sa, allowed = configuration(args, c, n_text, n_vision, dense_vision)
         timings = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
-        key, routes = ((tuple(prefix.ids), tuple(prefix.t_pos)), sa), []
-        if key not in trees:
+        key, routes = (tuple(prefix.ids), tuple(prefix.t_pos)), []
+        if (key, sa) not in conversations:
             capacity = len(prompt.ids) + min(args.max_tokens, 1024)
-            trees[key] = model.prefill([prefix], sa, text_capacity=capacity, timings=timings)
-        tokens = model.answer(trees[key], prompt, max_tokens=args.max_tokens, temperature=args.temperature,
-                              top_p=args.top_p, seed=args.seed, timings=timings, allowed=allowed, routes=routes,
-                              on_token=Stream(model.tokenizer) if stream else None)
-        report = {"question": question, **report_of(model, costs, key, routes[0], prefix, prompt, tokens),
+            conversations[key, sa] = Conversation(model, prefix, sa, pixels, capacity, timings)
+        tokens = conversations[key, sa].answer(
+            prompt, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+            timings=timings, allowed=allowed, routes=routes, on_token=Stream(model.tokenizer) if stream else None)
+        asked = Route(key, sa, pixels, routes[0])
+        report = {"question": question, **report_of(model, costs, asked, prefix, prompt, tokens),
                   "seconds": {k: round(s, 4) for k, s in timings.items()}}
         if args.json:
             print(json.dumps(report), flush=True)
@@ -236,68 +252,10 @@ def main(argv=None):
         print(summary(c, report, costs.questions), file=sys.stderr)
     if args.explain:
         import explain
-        attention = explain.attention_to_images(model, data.join(prefix, prompt), tokens, routes[0])
-        explain.draw(args.explain, images, processed, c, report, attention, costs.questions)
+        seen = data.seen(data.join(prefix, prompt), routes[0].pixels, c)
+        attention = explain.attention_to_images(model, seen, tokens, routes[0].sa)
+        explain.draw(args.explain, images, seen.images, c, report, attention, costs.questions)
         print(f"{args.explain}: where the last answer's attention went", file=sys.stderr)
-
-
-def report_of(model, costs, key, sa, prefix, prompt, tokens):
-    """What --json says of an answer, `tokens`. key, sa, prefix, prompt: as in Costs.add."""
-    return {"answer": model.tokenizer.decode(tokens).strip(), "tokens": tokens, "sa": list(sa),
-            "routed": key[1] == "auto", "text_tokens": len(prefix.ids) + len(prompt.ids),
-            "vision_tokens": len(prefix.v_pos), "flops": costs.add(key, sa, prefix, prompt, len(tokens))}
-
-
-class Costs:
-    """Operations of a run's questions as they were run, and of dense without packing asked the same. In both, images
-    and shared text count once."""
-
-    def __init__(self, config, images, dense_vision):
-        self.config, self.dense_vision = config, dense_vision
-        self.tiles = sum(image.tiling.tiles for image in images)
-        self.ran, self.total, self.questions = {}, Counter(), 0  # ran: of each tree the configurations it has run
-
-    def add(self, key, sa, prefix, prompt, answer):
-        """FLOPs of one more question: what was spent on it, and what was saved over all so far.
-
-        key: of its tree (what it shares with other questions, --sa); sa: what ran; answer: its number of tokens.
-        """
-        c, shared, own, vision = self.config, len(prefix.ids), len(prompt.ids), len(prefix.v_pos)
-        everything, ran = range(c.layers), self.ran.setdefault(key, [])
-        known = max([min(branch_layers([sa, other]), default=c.layers) for other in ran], default=0)  # layers
-        tiles = 0 if ran else self.tiles
-        prefill = llm_flops(c, sa, shared, vision, head=False, layers=range(known, c.layers))
-        prefill += llm_flops(c, sa, own, 0, shared, vision)
-        prefill += router_flops(c, shared + own, vision) if key[1] == "auto" else 0
-        encoder = tower_flops(c, tiles) + connector_flops(c, tiles)
-        llm = prefill + answer_flops(c, sa, shared + own, vision, answer)
-
-        new = not any(runs and other[0] == key[0] for other, runs in self.ran.items())  # to dense, which has one tree
-        tiles = self.tiles if new else 0
-        dense = llm_flops(c, everything, shared, self.dense_vision, head=False, layers=everything if new else ())
-        dense += llm_flops(c, everything, own, 0, shared, self.dense_vision)
-        dense_encoder = tower_flops(c, tiles) + connector_flops(c.unpacked(), tiles)
-        dense_llm = dense + answer_flops(c, everything, shared + own, self.dense_vision, answer)
-
-        ran.append(sa)
-        self.questions += 1
-        self.total.update(llm=llm, dense=dense_llm, first=encoder + prefill, dense_first=dense_encoder + dense)
-        return {"encoder": encoder, "llm": llm, "llm_dense": dense_llm,
-                "saving": round(self.total["dense"] / self.total["llm"], 3),
-                "first_token_saving": round(self.total["dense_first"] / self.total["first"], 3)}
-
-
-def summary(config, report, questions):
-    """For people: what a question cost and what it took; `questions`: how many there are so far."""
-    s, n, flops = report["seconds"], len(report["tokens"]), report["flops"]
-    rate = f" ({(n - 1) / s['decode']:.1f} tokens/s)" if n > 1 and s["decode"] else ""  # prefill gave the first
-    saving = flops["saving"]
-    less = f"{saving:.3g}x less than" if saving > 1 else f"{1 / saving:.3g}x more than" if saving < 1 else "as much as"
-    so_far = f" for this question; {less} dense over the {questions} so far" if questions > 1 else f", {less} dense"
-    return textwrap.fill(f"{'routed to' if report['routed'] else 'ran'} --sa {sa_name(config, report['sa'])}; "
-                         f"{report['text_tokens']} text + {counted(report['vision_tokens'], 'visual token')}; "
-                         f"language model {flops['llm'] / 1e9:,.4g} GFLOP{so_far}; encoder {s['encoder']:.2f} s, "
-                         f"prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}", 80)
 
 
 # --- many questions, each with images of its own --------------------------------------------------------------------
@@ -329,8 +287,8 @@ def answer_rows(args, model, questions, heads, done):
     if c.world == "toy":
         warn_of_other_worlds([x[0] for x in questions if not isinstance(x, ValueError)], [], model.tokenizer)
     warn_of_layers(args, c)
-    found = answers(model, questions, partial(configuration, args, c), args.batch_size, done, args.temperature,
-                    args.seed, max_tokens=args.max_tokens, top_p=args.top_p)
+    found = answers(model, questions, partial(configuration, args, c), pixels_of(args, c), args.batch_size, done,
+                    args.temperature, args.seed, max_tokens=args.max_tokens, top_p=args.top_p)
     try:
         with signals(leave), tqdm(total=len(heads), initial=done, desc="answers", ncols=80) as bar:
             for x in found:
@@ -347,9 +305,9 @@ def answer_rows(args, model, questions, heads, done):
 
 def report_alone(model, answer):
     """report_of an answers.Answer, as of a question that is asked alone."""
-    shared, own, dense_vision, sa, _ = answer.asked
-    costs = Costs(model.config, shared.images, dense_vision)
-    return report_of(model, costs, (None, sa), answer.sa, shared, own, answer.tokens)
+    asked, costs = answer.asked, Costs(model.config, answer.asked.shared.images, answer.asked.dense_vision)
+    return report_of(model, costs, Route(None, asked.sa, asked.pixels, answer.plan), asked.shared, asked.own,
+                     answer.tokens)
 
 
 def write_line(out, line):

@@ -97,8 +97,15 @@ def make_batches(model, stage, out, s, samples, distributed):
     n, seed = s["questions"], s["seed"]
     eval_set = eval_questions(samples, n, seed) if samples else world.eval_set(seed, n, world.TRAIN)
     results = router.log_results(out / "labels.jsonl", model, eval_set)
-    targets = router.pseudo_labels(model.config.viable, results, s["labels"], s["leave_out"])
+    targets = router.pseudo_labels(model.config.plans, results, s["labels"], s["leave_out"])
     return router.RouterBatches(model, eval_set, targets, s["seed"], s["batch_size"], s["label_smoothing"])
+
+
+def given_plans(config, args):
+    """{pixels: configurations} of --viable."""
+    texts = {"overview": [v[3:] for v in args.viable or () if v.startswith("ov:")],
+             "all": [v for v in args.viable or () if not v.startswith("ov:")]}
+    return {pixels: [config.configuration(v, "--viable") for v in own] for pixels, own in texts.items()}
 
 
 def load(checkpoint):
@@ -120,9 +127,10 @@ def go_on_with(settings, checkpoint, stage, args, model, samples):
     given = given_settings(args)
     may_change = (*DEFAULTS, "save_every", "threads")  # a run may also go on with other processes
     settings |= {**{k: v for k, v in given.items() if k in may_change}, "fsdp": args.fsdp}
-    viable = {model.config.configuration(v, "--viable") for v in args.viable or ()}
+    asked = given_plans(model.config, args)
     passed_over = [f"--{k.replace('_', '-')} {v} (it has {settings.get(k)})" for k, v in given.items()
-                   if settings.get(k) != v] + ["--viable"] * (viable not in (set(), set(model.config.viable)))
+                   if settings.get(k) != v] + ["--viable"] * bool(
+                       args.viable and any(set(asked[x]) != set(model.config.configurations(x)) for x in asked))
     if passed_over:
         print(f"--resume goes on with stage {stage} in the run's own settings and does not follow "
               f"{', '.join(passed_over)}; for others begin in another --out", file=sys.stderr)

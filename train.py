@@ -29,14 +29,15 @@ from tqdm import tqdm
 import router
 from checkpoints import SETTINGS, drop_rows_after, locked, newest, read_state, restore, save
 from cli import Parser, Unwritable, append_rows, checkpoint_path, free_threads, interrupts, placement, run
-from config import checked
+from config import Plan, checked
+from evaluation import all_results
 from families import read_config
 from flops import plan_name
 from llava.samples import Samples, eval_questions, reference_prompt
 from model import VLM
 from parallel import Distributed, full_tensor, shard
-from stages import (DEFAULTS, DENSE, first_model, first_settings, given_settings, go_on_with, load, make_batches,
-                    set_trainable)
+from stages import (DEFAULTS, DENSE, first_model, first_settings, given_plans, given_settings, go_on_with, load,
+                    make_batches, set_trainable)
 from toy import world
 from toy.muon import Muon
 from toy.training import RECIPES, matrices_of
@@ -123,7 +124,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
                 opt.zero_grad()
             mean = 0.95 * mean + 0.05 * value if mean else value
             if step % 10 == 9:
-                bar.set_postfix_str(f"loss {mean:.3f}" + (f", {plan_name(model.config, plan)}" if plan else ""))
+                bar.set_postfix_str(f"loss {mean:.3f}" + (f", layers {plan_name(model.config, plan)}" if plan else ""))
             rows = [{"stage": stage, "step": step + 1, "loss": value or None, **(plan._asdict() if plan else {}),
                      "tokens": batches.tokens,
                      "lr": {kind: lr * factor for kind, (_, _, lr) in opts.items()},
@@ -197,8 +198,8 @@ def parse(argv=None):
     p.add_argument("--micro-batch-size", type=int, metavar="N", help="samples in memory at once (default: 4)")
     p.add_argument("--lr", type=float, metavar="X", help="AdamW's learning rate (default: 1e-4 in stage 1, 1e-5 in "
                    "stage 2); of the miniature, Muon's, and AdamW has a tenth of it")
-    p.add_argument("--viable", action="append", metavar="LAYERS", help="a configuration to train: none or 4,7; may be "
-                   "given several times (default: the miniature's six, or by the number of layers)")
+    p.add_argument("--viable", action="append", metavar="LAYERS", help="what to train: none, 4,7, or ov:none over the "
+                   "overview; may be given several times (default: the miniature's, or by the number of layers)")
     p.add_argument("--labels", choices=("task", "sample"), help="stage 3: what the router is to choose, per task as "
                    "the paper (default), or the oracle's choice per sample")
     p.add_argument("--leave-out", action="append", metavar="TASK", help="stage 3: a task, of a mixture the name of a "
@@ -286,7 +287,7 @@ def main(argv=None):
         elif distributed.rank == 0:
             if stages == [3]:  # with the questions that it has learned from
                 eval_set = eval_questions(samples, settings["questions"], settings["seed"])
-                results = router.all_results(model, eval_set, model.config.viable)
+                results = all_results(model, eval_set, model.config.plans)
                 table = router.summarise(model.config, results, *reference_prompt(samples, eval_set, results))
                 print(table.text() + "\n\n" + table.routes())
             print(newest(out, stages))
@@ -308,7 +309,8 @@ def run_stage(stage, source, args, out, distributed):
         settings = first_settings(stage, args, model, samples)
         if stage in (1, 2) and args.viable:
             c = model.config
-            c.add_visor(c.ca, c.sa, [c.configuration(v, "--viable") for v in args.viable])
+            own = given_plans(c, args)
+            c.add_visor(c.ca, c.sa, own["all"], own["overview"])
     else:
         go_on_with(settings, checkpoint, stage, args, model, samples)
     torch.set_num_threads(settings["threads"])
@@ -320,10 +322,10 @@ def run_stage(stage, source, args, out, distributed):
 def print_report(model, args, out):
     """The table of accuracy by configuration and task, on held-out questions, and what the router did."""
     c, eval_set = model.config, world.eval_set(args.seed or 0, args.questions)
-    everything = [tuple(range(c.layers))]
-    results = router.all_results(model, eval_set, c.viable or everything)
+    everything = [Plan(tuple(range(c.layers)))]
+    results = all_results(model, eval_set, c.plans or everything)
     dense = VLM.from_pretrained(DENSE, device=model.device) if c.viable else None
-    dense = dense and router.all_results(dense, eval_set, everything)
+    dense = dense and all_results(dense, eval_set, everything)
     table = router.summarise(c, results, world.STRATA, *world.REFERENCE_PROMPT, dense)
     print(table.text() + ("\n\n" + table.routes() if c.router else ""))
     table.save(out / "table.json")

@@ -78,7 +78,8 @@ class ConversationBatches:
         bad = [(i, x) for i, x in items if isinstance(x, SampleError)]
         self.example = good[0][0] if good else None
         # Longest first: samples of about equal length share a micro-batch, so that little of it is padding
-        samples = sorted((self.seen(x, plan.pixels) for _, x in good), key=lambda x: -x.prompt.end)
+        samples = [x._replace(prompt=data.seen(x.prompt, plan.pixels, self.model.config)) for _, x in good]
+        samples.sort(key=lambda x: -x.prompt.end)
         largest_share = -(-s["batch_size"] // self.distributed.size)  # all ranks run equally many micro-batches
         micro_batches = [self.collate(samples[i:i + s["micro_batch_size"]])
                          for i in range(0, largest_share, s["micro_batch_size"])]
@@ -97,11 +98,6 @@ class ConversationBatches:
             with self.sync_context(k == len(micro_batches) - 1):  # the loop's backward runs in here
                 # Data parallelism averages the gradients of ranks, hence the factor
                 yield self.loss_module(batch, labels, plan.sa) * (self.distributed.size / targets)
-
-    def seen(self, sample, pixels):
-        """A Sample with these pixels: over the overview where there is one, and that is asked for."""
-        small = data.overview(sample.prompt, self.model.config) if pixels == "overview" else None
-        return sample._replace(prompt=small) if small else sample
 
     def why_empty(self, targets):
         """What is wrong with samples from which nothing can be learned, for the error line."""

@@ -17,6 +17,8 @@ import torch
 import router
 import train
 from cli import Parser, choose_dtype, placement, run
+from config import Plan
+from evaluation import all_results
 from model import VLM
 from toy import world
 from toy.training import RECIPES
@@ -42,7 +44,7 @@ def experiment(name, seed, args):
             settings = {**recipe, "steps": steps, "seed": seed, "turns": 10, "save_every": 10**9}
             model = train.train(model, stage, out, settings)
         model = model.to(args.dtype)  # it has learned in float32
-        results = router.all_results(model, world.eval_set(seed, args.questions), configurations)
+        results = all_results(model, world.eval_set(seed, args.questions), model.config.plans)
         rows = router.summarise(model.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows
         rows = [{key: row[key] for key in ("sa", "saving", *world.STRATA, "tasks")} for row in rows]
         (out / "row.json").write_text(json.dumps({"run": name, "seed": seed, "steps": STEPS * times, "rows": rows}))
@@ -111,7 +113,7 @@ def main(argv=None):
                 experiment(name, seed, args)
     rows = [json.loads(file.read_text()) for file in sorted(Path(args.out).glob(f"*-{args.exam}/row.json"))]
     dense = VLM.from_pretrained(train.DENSE, args.dtype, args.device)
-    results = router.all_results(dense, world.eval_set(0, args.questions), [tuple(range(dense.config.layers))])
+    results = all_results(dense, world.eval_set(0, args.questions), [Plan(tuple(range(dense.config.layers)))])
     row = router.summarise(dense.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows[0]
     had = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if len(rows) >= len(had.get("runs", [])) and args.questions >= had.get("questions", 0):

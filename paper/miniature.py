@@ -12,8 +12,10 @@ from pathlib import Path
 import data
 import train
 from cli import NANO, Parser, placement, run
+from config import Plan
+from evaluation import all_results
 from model import VLM
-from router import all_results, summarise
+from router import summarise
 from toy import world
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +77,8 @@ def main(argv=None):
         return summarise(c, results[0], world.STRATA, *world.REFERENCE_PROMPT, results[1])
     for seed in args.seed or (0, 1, 2):
         eval_set = world.eval_set(seed, args.questions)
-        results = (all_results(visor, eval_set, c.viable), all_results(dense, eval_set, [tuple(range(c.layers))]))
+        results = (all_results(visor, eval_set, c.plans),
+                   all_results(dense, eval_set, [Plan(tuple(range(c.layers)))]))
         rows.append([{key: row[key] for key in kept} for row in summary(results).rows])
         alone.append(overview(dense, eval_set))
         for so_far, more in zip(everything, results):

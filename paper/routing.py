@@ -16,6 +16,7 @@ import torch
 import router
 import train
 from cli import NANO, Parser, choose_dtype, placement, run
+from evaluation import all_results
 from model import VLM
 from router import conservative_threshold
 from toy import world
@@ -38,7 +39,7 @@ def experiment(seed, left_out, args):
     model.add_router(conservative_threshold(RECIPES[3]["label_smoothing"], len(model.config.viable)))
     settings = {**RECIPES[3], "seed": seed, "turns": 10, "save_every": 10**9, "leave_out": left_out}
     model = train.train(model, 3, out, settings).to(args.dtype)  # it learns in float32
-    results = router.all_results(model, world.eval_set(seed, args.questions), model.config.viable)
+    results = all_results(model, world.eval_set(seed, args.questions), model.config.plans)
     rows = router.summarise(model.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows
     rows = [row for row in rows if row["sa"] is None or row["sa"] == list(model.config.sa)]
     (out / "rows.json").write_text(json.dumps(rows))

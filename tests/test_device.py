@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conversation import Conversation
 from data import collate, encode, labelled, process_image, turns_to_learn
 from layout import DecodeLayout
 from model import VLM
@@ -133,11 +134,11 @@ def test_autocast_with_caches(sa):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         prefix = encode("a <image>", m.tokenizer, [image])
         question = encode("what is this?", m.tokenizer, start=prefix.end)
-        tree = m.prefill([prefix], sa)
+        tree = Conversation(m, prefix, sa)
         m.extend(tree, collate([question]))
         h = m.language_model.norm(tree.run(sa)[0])
         whole = m(collate([encode("a <image>what is this?", m.tokenizer, [image])]), sa)
-        assert m.answer(tree, encode("so?", m.tokenizer, start=tree.end), max_tokens=4)
+        assert tree.answer(encode("so?", m.tokenizer, start=tree.end), max_tokens=4)
     kept = [cache.kv.dtype for layer in tree.root.cache for cache in layer if cache.kv is not None]
     assert set(kept) == {torch.bfloat16}
     exact = m(collate([encode("a <image>what is this?", m.tokenizer, [image])]), sa)[:, len(prefix.ids):]

@@ -7,6 +7,7 @@ import data
 import router
 import sample
 from cli import NANO
+from conversation import Conversation
 from flops import sa_name
 from model import VLM
 from toy import world
@@ -83,10 +84,10 @@ def test_evaluate_counts_exactly_the_answers_that_are_given(nano):
         for image, questions in eval_set:
             prefix = data.encode(data.split_shared(data.chatml(["<image>\nx"]))[0], nano.tokenizer,
                                  [data.process_image(image, nano.config)])
-            tree = nano.prefill([prefix], sa)
+            tree = Conversation(nano, prefix, sa)
             for task, question, answer in questions:
                 own = data.split_shared(data.chatml([f"<image>\n{question}"]))[1]
-                ids = nano.answer(tree, data.encode(own, nano.tokenizer, start=prefix.end), max_tokens=4)
+                ids = tree.answer(data.encode(own, nano.tokenizer, start=prefix.end), max_tokens=4)
                 given.setdefault(task, []).append(nano.tokenizer.decode(ids) == answer)
         correct = sum(sum(x) for x in given.values())
         assert 0 < correct < sum(map(len, given.values())) or sa == FULL

@@ -15,6 +15,7 @@ import router
 import train
 from cli import run
 from config import Config, preset
+from conversation import Conversation
 from data import ANSWER, IMAGE, Prompt, chatml, collate, encode, join, place_images, process_image, split_shared
 from model import VLM
 from tests import tiny
@@ -138,10 +139,10 @@ def test_each_question_is_answered_by_its_own_route():
             return real(*args)
         for name in ("project", "project_apart"):
             setattr(block.self_attn, name, partial(count, name, real=getattr(block.self_attn, name)))
-    tree = m.prefill([prefix], "auto")
+    tree = Conversation(m, prefix, "auto")
     assert [l for l in rows if rows[l]] == [1]
     for i in [*range(12), 3, 0, 7]:
-        answer = m.answer(tree, own[i], max_tokens=6, routes=routes)
+        answer = tree.answer(own[i], max_tokens=6, routes=routes)
         assert answer == m.generate([whole[i]], wanted[i], max_tokens=6)[0]
         assert routes == [wanted[i]]
     prefixes = {(l, *(x for x in sa if x < l)) for sa in wanted for l in sa}
@@ -155,13 +156,13 @@ def test_a_conversation_may_change_its_route():
     first = chatml([f"{IMAGE}\nx"])
     whole = encode(split_shared(first)[0], m.tokenizer, [image])
     divide(m, prompts_of(m, 12, turns=2))
-    tree, taken = m.prefill([whole], "auto"), []
+    tree, taken = Conversation(m, whole, "auto"), []
     for _ in range(6):
         text = "\n" + "".join(rng.choices("abc defg hij", k=rng.randint(4, 25))) + f"<|im_end|>\n{ANSWER}"
         turn = encode(text, m.tokenizer, start=whole.end)
         whole = join(whole, turn)
         routes = []
-        answer = m.answer(tree, turn, keep=True, max_tokens=4, routes=routes)
+        answer = tree.answer(turn, keep=True, max_tokens=4, routes=routes)
         assert answer == m.generate([whole], routes[0], max_tokens=4)[0]
         taken += routes
         closed = answer + m.tokenizer.encode("<|im_end|>\n").ids

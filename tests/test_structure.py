@@ -14,10 +14,11 @@ ORDER = """cli config families pictures data flops
            llava.index llava.mixtures llava.samples llava.batches llava.__main__ llava
            report explain parallel
            layout layers encoders.siglip encoders reduction cache_tree decoding weights model
-           answers checkpoints router stages train sample
+           conversation answers costs evaluation checkpoints router stages train sample
            paper.numbers paper.systems paper.ablate paper.bench paper.miniature paper.routing paper.masked
            paper.equalities paper.verify paper""".split()
-NO_TORCH = "config families pictures data flops cli answers toy.world llava.samples".split()  # flops.py and every --help answer at once
+# flops.py and every --help answer at once
+NO_TORCH = "config families pictures data flops cli answers costs toy.world llava.samples".split()
 
 
 def name_of(path):

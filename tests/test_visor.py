@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from config import PAD
+from conversation import Conversation
 from data import IMAGE, Prompt, chatml, collate, encode, join, place_images, process_image, split_shared
 from layout import Past, make_layout
 from model import VLM
@@ -343,20 +344,20 @@ def test_answer_after_prefill(sa, images):
     prefix = encode(split_shared(texts[0])[0], m.tokenizer, shown)
     questions = [encode(split_shared(text)[1], m.tokenizer, start=prefix.end) for text in texts]
     assert [join(prefix, q)[:4] for q in questions] == [w[:4] for w in whole]
-    tree = m.prefill([prefix], sa)
-    first = m.answer(tree, questions[0], max_tokens=8)
+    tree = Conversation(m, prefix, sa)
+    first = tree.answer(questions[0], max_tokens=8)
     assert first == m.generate([whole[0]], sa, max_tokens=8)[0] and len(first) == 8
 
     blocks = m.language_model.layers
     vision = {"tower": m.vision_tower, **{f"cross {l}": x.kv_proj for l, x in m.language_model.cross.items()}}
     with counting(dict(enumerate(b.mlp for b in blocks)) | vision, [b.self_attn for b in blocks]) as rows:
-        second = m.answer(tree, questions[1], max_tokens=8)
+        second = tree.answer(questions[1], max_tokens=8)
     assert second == m.generate([whole[1]], sa, max_tokens=8)[0] and len(second) == 8
     text_rows = {n for name, n in rows.items() if name not in vision}
     assert text_rows == {len(questions[1].ids) + 7}  # the last token of an answer is not run
     assert not any(rows[x] for x in vision)
 
-    assert m.answer(tree, questions[0], max_tokens=8) == first
+    assert tree.answer(questions[0], max_tokens=8) == first
     one_shot, = logits(m, [whole[2]], sa)
     assert diff(logits(m, [questions[2]], sa, tree)[0], one_shot[len(prefix.ids):]) < CLOSE
 
@@ -372,16 +373,16 @@ def test_conversation(sa, stop, brings, monkeypatch):
     more = " or ".join([IMAGE] * brings)
     turns = [(own, 0), (follow_up.format(more, "and?"), brings), (follow_up.format("so", "?"), 0)]
     whole = encode(shared, m.tokenizer, some_images(m, rng, 1))
-    tree, length = m.prefill([whole], sa, text_capacity=8), 5
+    tree, length = Conversation(m, whole, sa, text_capacity=8), 5
     if stop is not None:  # any token will do to stop at
         free, = m.generate([join(whole, encode(own, m.tokenizer, start=whole.end))], sa, max_tokens=5)
         monkeypatch.setattr(VLM, "stop_id", free[stop])
         length = free.index(free[stop])
     for i, (text, images) in enumerate(turns):
         aside = encode(follow_up.format(IMAGE, "?"), m.tokenizer, some_images(m, rng, 1), start=whole.end)
-        m.answer(tree, aside, max_tokens=3)  # leaves nothing behind
+        tree.answer(aside, max_tokens=3)  # leaves nothing behind
         turn = encode(text, m.tokenizer, some_images(m, rng, images), start=whole.end)
-        answer = m.answer(tree, turn, keep=True, max_tokens=5)
+        answer = tree.answer(turn, keep=True, max_tokens=5)
         whole = join(whole, turn)
         assert answer == m.generate([whole], sa, max_tokens=5)[0]
         assert i > 0 or len(answer) == length

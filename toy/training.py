@@ -132,7 +132,7 @@ class ToyBatches:
             pieces = data.turns_to_learn(turns)
         c = self.model.config
         prompt, labels = data.labelled(pieces, self.model.tokenizer, [data.process_image(image, c)])
-        return quilt, prompt if pixels == "all" else data.overview(prompt, c), labels
+        return quilt, data.seen(prompt, pixels, c), labels
 
     @property
     def first_number(self):

@@ -1,0 +1,86 @@
+"""What the questions of a run cost: operations as they were run, and those of dense asked the same."""
+import textwrap
+from collections import Counter
+from typing import NamedTuple
+
+import data
+from cli import counted
+from config import PIXELS, Plan, branch_layers
+from flops import answer_flops, connector_flops, llm_flops, pixel_flops, router_flops, sa_name, tower_flops
+
+
+class Route(NamedTuple):
+    """How a question was asked, and what came of it."""
+    shared: object  # what it has in common with others, as a key
+    sa: object      # of VLM.generate
+    pixels: str     # likewise
+    ran: Plan
+
+
+def report_of(model, costs, route, prefix, prompt, tokens):
+    """What --json says of an answer, `tokens`. route, prefix, prompt: as in Costs.add."""
+    vision = len(data.seen(prefix, route.ran.pixels, model.config).v_pos)
+    return {"answer": model.tokenizer.decode(tokens).strip(), "tokens": tokens, "sa": list(route.ran.sa),
+            "pixels": route.ran.pixels, "routed": route.sa == "auto",
+            "text_tokens": len(prefix.ids) + len(prompt.ids), "vision_tokens": vision,
+            "flops": costs.add(route, prefix, prompt, len(tokens))}
+
+
+class Costs:
+    """Operations of a run's questions as they were run, and of dense without packing asked the same. In both, images
+    and shared text count once."""
+
+    def __init__(self, config, images, dense_vision):
+        self.config, self.dense_vision = config, dense_vision
+        self.tiles, self.encoded = sum(image.tiling.tiles for image in images), 0
+        self.ran, self.total, self.questions = {}, Counter(), 0  # ran: of each cache (configuration, layers) so far
+
+    def add(self, route, prefix, prompt, answer):
+        """FLOPs of one more question: what was spent on it, and what was saved over all so far. prefix, prompt: over
+        all pixels; answer: its number of tokens."""
+        c, shared, own = self.config, len(prefix.ids), len(prompt.ids)
+        new = not any(key[0] == route.shared for key in self.ran)  # to dense, which has one cache
+        decides = route.pixels == "auto" and data.overview(prefix, c) is not None
+        prefill = encoder = 0
+        for pixels in PIXELS if decides and route.ran.pixels == "all" else [route.ran.pixels]:
+            last = pixels == route.ran.pixels
+            sa, stop = (route.ran.sa, c.layers) if last else (c.overview[0], c.pixel_layer)
+            ran = self.ran.setdefault((route.shared, route.sa, pixels), [])
+            known = max([min([*branch_layers([sa, other]), end]) for other, end in ran], default=0)  # layers
+            seen = len(data.seen(prefix, pixels, c).v_pos)
+            prefill += llm_flops(c, sa, shared, seen, head=False, layers=range(known, stop))
+            prefill += llm_flops(c, sa, own, 0, shared, seen, head=last, layers=range(stop))
+            prefill += pixel_flops(c, shared + own) if decides and pixels == "overview" else 0
+            prefill += router_flops(c, shared + own, seen) if route.sa == "auto" and last and (
+                len(c.configurations(pixels)) > 1) else 0
+            tiles = max(0, (self.tiles if pixels == "all" else 1) - self.encoded)
+            self.encoded += tiles
+            encoder += tower_flops(c, tiles) + connector_flops(c, tiles)
+            ran.append((sa, stop))
+        llm = prefill + answer_flops(c, route.ran.sa, shared + own, seen, answer)
+
+        everything, tiles = range(c.layers), self.tiles if new else 0
+        dense = llm_flops(c, everything, shared, self.dense_vision, head=False, layers=everything if new else ())
+        dense += llm_flops(c, everything, own, 0, shared, self.dense_vision)
+        dense_encoder = tower_flops(c, tiles) + connector_flops(c.unpacked(), tiles)
+        dense_llm = dense + answer_flops(c, everything, shared + own, self.dense_vision, answer)
+
+        self.questions += 1
+        self.total.update(llm=llm, dense=dense_llm, first=encoder + prefill, dense_first=dense_encoder + dense)
+        return {"encoder": encoder, "llm": llm, "llm_dense": dense_llm,
+                "saving": round(self.total["dense"] / self.total["llm"], 3),
+                "first_token_saving": round(self.total["dense_first"] / self.total["first"], 3)}
+
+
+def summary(config, report, questions):
+    """For people: what a question cost and what it took; `questions`: how many there are so far."""
+    s, n, flops = report["seconds"], len(report["tokens"]), report["flops"]
+    rate = f" ({(n - 1) / s['decode']:.1f} tokens/s)" if n > 1 and s["decode"] else ""  # prefill gave the first
+    saving = flops["saving"]
+    less = f"{saving:.3g}x less than" if saving > 1 else f"{1 / saving:.3g}x more than" if saving < 1 else "as much as"
+    so_far = f" for this question; {less} dense over the {questions} so far" if questions > 1 else f", {less} dense"
+    return textwrap.fill(f"{'routed to' if report['routed'] else 'ran'} --sa {sa_name(config, report['sa'])}"
+                         f"{' over the overview' * (report['pixels'] == 'overview')}; "
+                         f"{report['text_tokens']} text + {counted(report['vision_tokens'], 'visual token')}; "
+                         f"language model {flops['llm'] / 1e9:,.4g} GFLOP{so_far}; encoder {s['encoder']:.2f} s, "
+                         f"prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}", 80)
