@@ -136,16 +136,18 @@ class VLM(nn.Module):
 
     def pieces(self, images, known=None):
         """The features of each image's tiles, (tiles, side * side, d), before they are put in order. All tiles go
-        through the encoder together. known: of each image the features of its first tiles, where they exist."""
-        known = known or [self.image_newline.new_zeros(0, self.config.side ** 2, self.config.hidden)] * len(images)
-        new = [x.pixels[len(k):] for x, k in zip(images, known)]                     # (tiles, 3, tile, tile) uint8
-        counts = list(map(len, new))
+        through the encoder together. known: of each image the features of its first tiles, or None."""
+        known = known or [None] * len(images)
+        new = [x.pixels[0 if k is None else len(k):] for x, k in zip(images, known)]  # (tiles, 3, tile, tile) uint8
+        if not any(map(len, new)):
+            return known
         tiles, dtype = send(torch.cat([torch.from_numpy(x) for x in new]), self.device), self.image_newline.dtype
         # 16 at a time bound the memory; in training all at once, as every rank must call the encoder equally often
         pieces = (normalise(x, dtype) for x in tiles.split(len(tiles) if torch.is_grad_enabled() else 16))
         features = [reduce(self.vision_tower(x), self.config) for x in pieces]       # (pieces, side * side, features)
         features = torch.cat([self.multi_modal_projector(x) for x in features])      # (tiles, side * side, d)
-        return [torch.cat(x) for x in zip(known, features.split(counts))]
+        features = features.split(list(map(len, new)))
+        return [f if k is None else torch.cat([k, f]) for k, f in zip(known, features)]
 
     def arrange(self, tiles, tiling):
         """(tiles, side * side, d) -> (tokens, d): base tile, then the grid unpadded, each row ended by a newline."""

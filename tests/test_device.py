@@ -135,11 +135,12 @@ def test_autocast_with_caches(sa):
         prefix = encode("a <image>", m.tokenizer, [image])
         question = encode("what is this?", m.tokenizer, start=prefix.end)
         tree = Conversation(m, prefix, sa)
-        m.extend(tree, collate([question]))
-        h = m.language_model.norm(tree.run(sa)[0])
+        cache = tree.tree("all")
+        m.extend(cache, collate([question]))
+        h = m.language_model.norm(cache.run(sa)[0])
         whole = m(collate([encode("a <image>what is this?", m.tokenizer, [image])]), sa)
         assert tree.answer(encode("so?", m.tokenizer, start=tree.end), max_tokens=4)
-    kept = [cache.kv.dtype for layer in tree.root.cache for cache in layer if cache.kv is not None]
+    kept = [cache.kv.dtype for layer in cache.root.cache for cache in layer if cache.kv is not None]
     assert set(kept) == {torch.bfloat16}
     exact = m(collate([encode("a <image>what is this?", m.tokenizer, [image])]), sa)[:, len(prefix.ids):]
     noise = (whole[:, len(prefix.ids):] - exact).abs().max()

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import explain
+from conversation import Conversation
 from data import Prompt, chatml, collate, encode, join, process_image, split_shared
 from layers import rotate
 from layout import rope_table
@@ -90,7 +91,7 @@ def test_weights_of_a_prompt_in_two_pieces():
     first = encode(shared, m.tokenizer, whole.images)
     rest = encode(own, m.tokenizer, start=first.end)
     for sa in ((1, 4), DENSE):
-        answer = m.answer(m.prefill([first], sa), rest, max_tokens=3)
+        answer = Conversation(m, first, sa).answer(rest, max_tokens=3)
         assert answer == m.generate([whole], sa, max_tokens=3)[0]
         found, want = (explain.attention_to_images(m, p, answer, sa) for p in (join(first, rest), whole))
         assert found.keys() == want.keys() and all(np.array_equal(found[l], want[l]) for l in found)

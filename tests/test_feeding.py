@@ -12,9 +12,11 @@ import checkpoints
 import data
 import encoders
 import pictures
+import evaluation
 import router
 import train
 from config import Config
+from evaluation import all_results
 from data import NORMALISED, process_image
 from encoders import normalise, send
 from llava.batches import ConversationBatches
@@ -206,7 +208,7 @@ def test_a_broken_image_is_named_and_passed_over(asked, tmp_path, capsys):
     for path, _ in questions_of(model, file):
         path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="none of the images can be read"):
-        router.all_results(model, questions_of(model, file), model.config.viable)
+        all_results(model, questions_of(model, file), model.config.plans)
 
 
 def test_few_images_wait_for_others_of_their_kind(asked, loads):
@@ -215,15 +217,15 @@ def test_few_images_wait_for_others_of_their_kind(asked, loads):
     eval_set, most = questions_of(model, file), {}
     for waiting in (0, 100_000, 1 << 29):
         come, most[waiting] = [], 0
-        for batch in router.image_batches(eval_set, model.config, waiting=waiting):
+        for batch in evaluation.image_batches(eval_set, model.config, waiting=waiting):
             come += [i for i, *_ in batch]
             most[waiting] = max(most[waiting], len(loads) - len(come))
             assert len({x.tiling.tokens for _, x, _ in batch}) == 1
         assert sorted(come) == list(range(10))
         loads.clear()
     assert most[0] == 0 < most[100_000] < most[1 << 29]  # images that wait while a list is evaluated
-    assert all(len(x) == 1 for x in router.image_batches(eval_set, model.config, batch_size=1))
-    assert [i for batch in router.image_batches(eval_set, model.config, range(3, 10)) for i, *_ in batch] == [0, 1, 2]
+    assert all(len(x) == 1 for x in evaluation.image_batches(eval_set, model.config, batch_size=1))
+    assert [i for batch in evaluation.image_batches(eval_set, model.config, range(3, 10)) for i, *_ in batch] == [0, 1, 2]
 
 
 def test_an_evaluation_reads_back_two_numbers_a_target_once_a_question(asked, monkeypatch):
@@ -239,7 +241,7 @@ def test_an_evaluation_reads_back_two_numbers_a_target_once_a_question(asked, mo
         monkeypatch.setattr(torch.Tensor, name, noted)
     pairs = [("what?", "yes"), ("and?", "no"), ("why", "so")]
     with torch.no_grad():
-        router.score_answers(model, pairs, tree)
+        evaluation.score_answers(model, pairs, tree)
     targets = sum(len(answer) + 1 for _, answer in pairs)  # bytes, and <|im_end|>
     assert read == [("cpu", 2 * 2 * targets), ("numpy", 2 * 2 * targets)]
 
@@ -261,8 +263,7 @@ def test_papers_programs_take_device_and_dtype(module, flags, dtype, tmp_path, m
         assert model.image_newline.dtype == torch.float32
         return model
     monkeypatch.setattr(train, "train", trained)
-    monkeypatch.setattr(router, "all_results", evaluated)
-    monkeypatch.setattr(miniature, "all_results", evaluated)
+    monkeypatch.setattr(module, "all_results", evaluated)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     words = [] if module is miniature else ["--out", str(tmp_path)]
     with pytest.raises(Ran) as ran:
@@ -274,9 +275,9 @@ def test_the_final_table_evaluates_both_models_on_one_device(monkeypatch, tmp_pa
     """The dense model beside the trained one."""
     where, real = [], VLM.from_pretrained
     monkeypatch.setattr(VLM, "from_pretrained", lambda *args, **how: where.append(how["device"]) or real(*args))
-    monkeypatch.setattr(router, "all_results", lambda *_: [])
+    monkeypatch.setattr(train, "all_results", lambda *_: [])
     monkeypatch.setattr(router, "summarise", lambda *_: SimpleNamespace(
         text=lambda: "", routes=lambda: "", save=lambda _: None, draw=lambda _: None))
-    model = SimpleNamespace(config=SimpleNamespace(layers=12, viable=((), (4,)), router=False), device="somewhere")
+    model = SimpleNamespace(config=SimpleNamespace(layers=12, viable=((), (4,)), plans=(), router=False), device="somewhere")
     train.print_report(model, SimpleNamespace(seed=0, questions=1), tmp_path)
     assert where == ["somewhere"]

@@ -11,7 +11,6 @@ import flops
 from cache_tree import CacheTree
 from cli import run
 from config import Config, preset
-from conversation import Conversation
 from data import chatml, collate, encode, process_image
 from encoders import normalise
 from layout import make_layout, round_up
@@ -78,7 +77,7 @@ def test_decode_and_second_question(m, sa):
     p, q = prompt_of(m), encode("<|im_start|>user\nmore?", m.tokenizer)
     text, vision = len(p.ids), len(p.v_pos)
     for ids in ([5], q.ids):
-        tree = Conversation(m, p, sa)
+        tree = m.prefill([p], sa)
         more = encode("x" * len(ids), m.tokenizer, start=tree.end)
         says = flops.llm_flops(m.config, sa, len(ids), 0, text, vision)
         assert says == pytest.approx(counted(prefill(m, [more], sa, tree)), rel=0.005)

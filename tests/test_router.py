@@ -9,14 +9,17 @@ import torch
 from torch import nn
 
 import data
+import decoding
+import evaluation
 import flops
 import report
 import router
 import train
 from cli import run
-from config import Config, preset
+from config import Config, Plan, preset
 from conversation import Conversation
 from data import ANSWER, IMAGE, Prompt, chatml, collate, encode, join, place_images, process_image, split_shared
+from evaluation import all_results
 from model import VLM
 from tests import tiny
 from tests.test_flops import counted
@@ -65,15 +68,25 @@ def scores_of(m, prompts):
 def divide(m, prompts):
     """Shifts the router's scores so that prompts like these get different routes; of most it is sure, of some not."""
     scores = torch.cat([scores_of(m, [p])[0] for p in prompts])
-    m.router.down.bias.sub_(scores.mean(0))
-    m.router.down.weight.mul_(SPREAD / scores.std(0)[:, None])
-    m.router.down.bias.mul_(SPREAD / scores.std(0))
+    m.router.layers.down.bias.sub_(scores.mean(0))
+    m.router.layers.down.weight.mul_(SPREAD / scores.std(0)[:, None])
+    m.router.layers.down.bias.mul_(SPREAD / scores.std(0))
 
 
 def routes_of(m, prompts):
     """What the router chooses, each prompt alone."""
     with torch.no_grad():
         return [m.route(tree_of(m, [p]), [p.answer_starts])[0] for p in prompts]
+
+
+def ran(routes):
+    """The configurations of Plans."""
+    return [plan.sa for plan in routes]
+
+
+def over_all(configurations):
+    """Plans over all pixels."""
+    return [Plan(sa) for sa in configurations]
 
 
 def diff(a, b):
@@ -110,6 +123,7 @@ def test_routed_answers_are_those_of_the_same_configuration_by_hand():
     divide(m, prompts)
     routes = []
     answers = m.generate(prompts, "auto", max_tokens=8, routes=routes)
+    routes = ran(routes)
     assert len(set(routes)) >= 3 and routes == routes_of(m, prompts)
     assert answers == m.generate(prompts, routes, max_tokens=8)
     assert answers == [m.generate([p], sa, max_tokens=8)[0] for p, sa in zip(prompts, routes)]
@@ -144,7 +158,7 @@ def test_each_question_is_answered_by_its_own_route():
     for i in [*range(12), 3, 0, 7]:
         answer = tree.answer(own[i], max_tokens=6, routes=routes)
         assert answer == m.generate([whole[i]], wanted[i], max_tokens=6)[0]
-        assert routes == [wanted[i]]
+        assert routes == [Plan(wanted[i])]
     prefixes = {(l, *(x for x in sa if x < l)) for sa in wanted for l in sa}
     by_hand = [sum(l in sa for sa in [*wanted, wanted[3], wanted[0], wanted[7]]) for l in range(12)]
     assert [rows[l] - by_hand[l] for l in range(12)] == [sum(p[0] == l for p in prefixes) for l in range(12)]
@@ -163,7 +177,7 @@ def test_a_conversation_may_change_its_route():
         whole = join(whole, turn)
         routes = []
         answer = tree.answer(turn, keep=True, max_tokens=4, routes=routes)
-        assert answer == m.generate([whole], routes[0], max_tokens=4)[0]
+        assert answer == m.generate([whole], routes[0].sa, max_tokens=4)[0]
         taken += routes
         closed = answer + m.tokenizer.encode("<|im_end|>\n").ids
         whole = join(whole, Prompt(closed, [whole.end + i for i in range(len(closed))], [], [], []))
@@ -220,6 +234,7 @@ def test_allowed_caps_the_route():
     prompts, routes = prompts_of(m, 10), []
     divide(m, prompts)
     m.generate(prompts, "auto", max_tokens=1, allowed=[(1,), (1, 7)], routes=routes)
+    routes = ran(routes)
     assert set(routes) <= {(1,), (1, 7)}
     free = routes_of(m, prompts)
     assert set(free) - set(routes) and all(a == b for a, b in zip(free, routes) if a in ((1,), (1, 7)))
@@ -249,9 +264,9 @@ def test_a_batch_that_goes_on_from_one_tree_may_be_routed():
     divide(m, whole)
     wanted = routes_of(m, whole)
     for sa, routes in (("auto", wanted), ([(1,), (1, 4, 7, 10), (1, 7)],) * 2):
-        tree, ran = m.prefill(prefixes, "auto"), []
-        assert m.generate(own, sa, max_tokens=5, tree=tree, routes=ran) == m.generate(whole, routes, max_tokens=5)
-        assert ran == routes
+        tree = m.prefill(prefixes, "auto")
+        m.extend(tree, collate(own))
+        assert decoding.generate(m, tree, own, sa, 5) == (m.generate(whole, routes, max_tokens=5), routes)
 
 
 def test_the_router_is_saved_and_loaded(tmp_path):
@@ -261,7 +276,7 @@ def test_the_router_is_saved_and_loaded(tmp_path):
     assert again.config.router and routes_of(again, prompts) == routes_of(m, prompts)
     assert again.config.route_threshold == 0.02
     json_file = tmp_path / "c" / "config.json"
-    json_file.write_text(json.dumps({**json.loads(json_file.read_text()), "viable": [[1]]}))
+    json_file.write_text(json.dumps({**json.loads(json_file.read_text()), "viable": [{"sa": [1], "pixels": "all"}]}))
     with pytest.raises(ValueError, match="needs at least two"):
         VLM.from_pretrained(tmp_path / "c")
 
@@ -300,7 +315,7 @@ def small():
 def test_evaluate_equals_one_question_at_a_time(small):
     """Correct or not, prefix match, loss and route, against the whole prompt in one forward without a cache."""
     m, eval_set = small
-    results = router.all_results(m, eval_set, m.config.viable, progress=False)
+    results = all_results(m, eval_set, m.config.plans, progress=False)
     assert [(r["image"], r["task"]) for r in sorted(results, key=lambda r: r["image"])] == [
         (i, task) for i, (_, questions) in enumerate(eval_set) for task, *_ in questions]
     for r in results:
@@ -323,9 +338,9 @@ def test_the_shared_pass_gives_the_plain_ones_labels_for_less_work(small):
     hooks = [block.mlp.register_forward_pre_hook(lambda _, args: rows.__setitem__(0, rows[0] + args[0][..., 0].numel()))
              for block in m.language_model.layers]
     m.remove_router()
-    shared = router.all_results(m, eval_set, world.VIABLE, progress=False)
+    shared = all_results(m, eval_set, over_all(world.VIABLE), progress=False)
     work, rows[0] = rows[0], 0
-    plain = [router.all_results(m, eval_set, [sa], progress=False) for sa in world.VIABLE]
+    plain = [all_results(m, eval_set, [Plan(sa)], progress=False) for sa in world.VIABLE]
     for hook in hooks:
         hook.remove()
     torch.manual_seed(0)
@@ -337,13 +352,14 @@ def test_the_shared_pass_gives_the_plain_ones_labels_for_less_work(small):
         assert np.allclose(result["loss"], [x["loss"][0] for x in alone], atol=1e-3)
     merged = [{**alone[0], **{key: [x[key][0] for x in alone] for key in ("correct", "prefix_match", "loss")}}
               for alone in zip(*plain)]
+    plans = over_all(world.VIABLE)
     for per in ("task", "sample"):
-        assert router.pseudo_labels(world.VIABLE, shared, per) == router.pseudo_labels(world.VIABLE, merged, per)
+        assert router.pseudo_labels(plans, shared, per) == router.pseudo_labels(plans, merged, per)
 
 
 def test_killed_and_resumed_labelling_gives_the_same_file(small, tmp_path, monkeypatch):
     m, eval_set = small
-    monkeypatch.setattr(router, "image_batches", partial(router.image_batches, batch_size=2))
+    monkeypatch.setattr(evaluation, "image_batches", partial(evaluation.image_batches, batch_size=2))
     results = router.log_results(tmp_path / "a.jsonl", m, eval_set)
     whole = (tmp_path / "a.jsonl").read_bytes()
     assert len(results) == sum(len(questions) for _, questions in eval_set)
@@ -363,6 +379,7 @@ def test_killed_and_resumed_labelling_gives_the_same_file(small, tmp_path, monke
 
 
 CONFIGURATIONS = [(), (4,), (7,), (4, 7), (4, 7, 10)]
+PLANS = [Plan(sa) for sa in CONFIGURATIONS]
 
 
 def result(task, correct, loss=None, prefix_match=None, **more):
@@ -374,17 +391,17 @@ def test_labels_by_task_take_the_fewest_layers_that_hold_then_the_lowest_loss():
     rows = [result("a", [0, 1, 1, 1, 1], [9, 2, 3, 0, 0]), result("a", [1, 1, 1, 1, 1], [9, 3, 1, 0, 0])]
     rows += [result("b", [0, 0, 0, 1, 1])] * 99 + [result("b", [1, 0, 1, 0, 1])]
     rows += [result("c", [0, 0, 0, 1, 1])] * 98 + [result("c", [1, 0, 1, 0, 1])] * 2
-    assert router.labels_by_task(CONFIGURATIONS, rows) == {"a": 2, "b": 3, "c": 4}
-    assert router.labels_by_task(CONFIGURATIONS, rows, keep=0.98)["c"] == 3
-    assert {x[2] for x in router.pseudo_labels(CONFIGURATIONS, rows, leave_out=["a", "b"])} == {4}
+    assert router.labels_by_task(PLANS, rows) == {"a": 2, "b": 3, "c": 4}
+    assert router.labels_by_task(PLANS, rows, keep=0.98)["c"] == 3
+    assert {x[2:] for x in router.pseudo_labels(PLANS, rows, leave_out=["a", "b"])} == {(False, (4, 7, 10))}
     with pytest.raises(ValueError, match="leave out some, not all"):
-        router.pseudo_labels(CONFIGURATIONS, rows, leave_out=["a", "b", "c"])
+        router.pseudo_labels(PLANS, rows, leave_out=["a", "b", "c"])
 
 
 def test_oracle_takes_the_longest_prefix_match_then_fewest_layers():
-    assert router.oracle(CONFIGURATIONS, result("a", [0, 0, 0, 0, 0], prefix_match=[1, 2, 2, 3, 3])) == 3
-    assert router.oracle(CONFIGURATIONS, result("a", [0, 0, 0, 0, 0], prefix_match=[0, 0, 0, 0, 0])) == 0
-    assert router.oracle(CONFIGURATIONS, result("a", [0, 1, 1, 1, 1], loss=[0, 2, 1, 0, 0])) == 2
+    assert router.oracle(PLANS, result("a", [0, 0, 0, 0, 0], prefix_match=[1, 2, 2, 3, 3])) == 3
+    assert router.oracle(PLANS, result("a", [0, 0, 0, 0, 0], prefix_match=[0, 0, 0, 0, 0])) == 0
+    assert router.oracle(PLANS, result("a", [0, 1, 1, 1, 1], loss=[0, 2, 1, 0, 0])) == 2
 
 
 def test_viable_configurations_hold_something_that_no_cheaper_one_holds():
@@ -501,27 +518,24 @@ def test_stage_3_moves_the_router_alone_and_resumes(visor, tmp_path, monkeypatch
 
 
 def test_stage_3_learns_labels_that_depend_on_the_words(visor):
-    """The policy alone tells twelve kinds of question apart, even in a model that knows nothing."""
+    """The policy alone tells fifteen kinds of question apart, even in a model that knows nothing."""
     m = VLM.from_pretrained(visor)
     torch.manual_seed(0)
     m.add_router()
     m.requires_grad_(False)
     m.router.requires_grad_(True)
     eval_set = world.eval_set(0, 20, world.TRAIN)
-    targets = [(i, q, world.TASKS[task].level) for i, (_, questions) in enumerate(eval_set)
-               for task, q, _ in questions]
+    targets = [(i, q, False, m.config.viable[world.TASKS[task].level + 1])
+               for i, (_, questions) in enumerate(eval_set) for task, q, _ in questions]
     batches = router.RouterBatches(m, eval_set, targets, 0, 64)
     opt, *_ = train.optimizers(m, 0.03, miniature=True)["adamw"]
     for step in range(150):
         next(batches.losses(batches[step], None, step)).backward()
         opt.step()
         opt.zero_grad()
-    batch, wanted = router.RouterBatches(m, eval_set, targets, 1, 256)[0]
-    tree = m.new_tree("auto", len(batch.ids), batch.ids.shape[1], batch.v_pos.shape[1])
-    with torch.no_grad():
-        m.extend(tree, batch)
-        likeliest = m.route_scores(tree, batch.answer_starts)[:, 0].argmax(-1)
-    assert set(wanted.tolist()) == {0, 1, 2, 3} and (likeliest == wanted).float().mean() > 0.95
+    prompts, _, wanted = router.RouterBatches(m, eval_set, targets, 1, 256)[0]
+    likeliest = scores_of(m, prompts)[:, 0].argmax(-1)
+    assert set(wanted.tolist()) == {0, 1, 2, 3, 4} and (likeliest == wanted).float().mean() > 0.95
 
 
 def test_search_writes_the_viable_ones(visor, tmp_path, monkeypatch, capsys):

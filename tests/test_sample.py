@@ -14,7 +14,8 @@ import explain
 import sample
 from data import chatml, encode, place_images, process_image, split_shared
 from flops import connector_flops, llm_flops, router_flops, tower_flops
-from model import VLM, sample_token
+from decoding import sample_token
+from model import VLM
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent

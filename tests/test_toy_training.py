@@ -7,6 +7,7 @@ import torch
 
 import data
 import train
+from config import Config, Plan
 from model import VLM
 from toy import training, world
 from toy.muon import Muon, orthogonalise
@@ -85,20 +86,48 @@ def test_muon_trains_the_matrices_of_what_trains():
 
 
 def test_configurations_are_drawn_from_the_viable_ones_and_the_ends_more_often():
-    drawn = [training.sample_configuration(world.VIABLE, 0, step, 2000) for step in range(8000)]
+    c = Config(**{**vars(world.config()), "ca": world.CA, "sa": world.SA, "viable": world.VIABLE})
+    drawn = [training.sample_plan(c, 0, step, 2000).sa for step in range(8000)]
     assert set(drawn[:2000]) == {(), (4, 7, 10)} and drawn[:2000].count(()) / 2000 == pytest.approx(1 / 4, abs=0.03)
     late = drawn[2000:]
     for sa in world.VIABLE:
         assert late.count(sa) / 6000 == pytest.approx({(): 2, (4, 7, 10): 3}.get(sa, 1) / 9, abs=0.02)
-    assert {training.sample_configuration([(4, 7)], 0, step, 5) for step in range(9)} == {(4, 7)}
+    c.viable = ((4, 7),)
+    assert {training.sample_plan(c, 0, step, 5) for step in range(9)} == {Plan((4, 7))}
+
+
+def test_a_quarter_of_the_steps_are_over_the_overview():
+    c = Config(**{**vars(world.config()), "ca": world.CA, "sa": world.SA, "viable": world.VIABLE, "overview": [()]})
+    drawn = [training.sample_plan(c, 0, step, 2000) for step in range(8000)]
+    over = [plan for plan in drawn if plan.pixels == "overview"]
+    assert set(over) == {Plan((), "overview")} and len(over) / 8000 == pytest.approx(1 / 4, abs=0.02)
+    c.overview = ()  # all else is as without it
+    assert all(a == b for a, b in zip(drawn, [training.sample_plan(c, 0, step, 2000) for step in range(8000)])
+               if a.pixels == "all")
+
+
+def test_steps_over_the_overview_ask_what_it_shows():
+    model = fresh().add_cross_attention(world.CA, world.SA, world.VIABLE, world.OVERVIEW)
+    batches, kinds = ToyBatches(model, 0, 4, stage=2), set()
+    names, shades = {i: w for w, i in model.tokenizer.get_vocab().items()}, {*world.SHADES, *"01234", "yes", "no"}
+    for step in range(8):
+        batch, labels, quilts = batches[step]
+        kinds.add(pixels := batches.plan(step).pixels)
+        tiles, tokens = (1, 10) if pixels == "overview" else (5, 51)
+        assert {len(x.pixels) for row in batch.images for x in row} == {tiles} and batch.v_pos.shape[1] == tokens
+        learned = {names[i] for i in labels[labels >= 0].tolist()} - {"<|im_end|>"}
+        assert (learned <= shades) == (pixels == "overview")
+        loss, = batches.losses(batches[step], batches.plan(step), step)
+        assert loss.isfinite()
+    assert kinds == {"all", "overview"}
 
 
 def test_each_stage_trains_its_configurations(dense):
-    assert {ToyBatches(dense, 0, 3, stage=0).configuration(step) for step in range(9)} == {tuple(range(12))}
+    assert {ToyBatches(dense, 0, 3, stage=0).plan(step) for step in range(9)} == {Plan(tuple(range(12)))}
     model = fresh().add_cross_attention(world.CA, world.SA, world.VIABLE)
     batches = ToyBatches(model, 5, 3, largest_first=0.25, steps=40, stage=2)
-    assert [batches.configuration(step) for step in range(40)] == [
-        training.sample_configuration(world.VIABLE, 5, step, 10) for step in range(40)]
+    assert [batches.plan(step) for step in range(40)] == [
+        training.sample_plan(model.config, 5, step, 10) for step in range(40)]
     with pytest.raises(ValueError, match="stage 0"):
         ToyBatches(model, 0, 3, auxiliary_weight=1.0)
 
@@ -114,15 +143,15 @@ def test_weights_follow_from_the_seed_and_every_part_has_a_gradient():
     for (name, p), q, r in zip(a.named_parameters(), b.parameters(), other.parameters()):
         assert torch.equal(p, q), name
         assert p.ndim < 2 or not torch.equal(p, r), name
-    loss, = (batches := ToyBatches(a, 0, 2, 2, stage=0)).losses(batches[0], batches.configuration(0), 0)
+    loss, = (batches := ToyBatches(a, 0, 2, 2, stage=0)).losses(batches[0], batches.plan(0), 0)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in a.parameters())
 
 
 def test_batches_follow_from_seed_and_number_alone(dense):
-    a, b = ToyBatches(dense, 0, 3)[7], ToyBatches(dense, 0, 3)[7]
+    a, b = (ToyBatches(dense, 0, 3, stage=0)[7] for _ in range(2))
     assert np.array_equal(a[0].ids, b[0].ids) and np.array_equal(a[1], b[1])
-    assert not np.array_equal(a[0].ids, ToyBatches(dense, 1, 3)[7][0].ids)
+    assert not np.array_equal(a[0].ids, ToyBatches(dense, 1, 3, stage=0)[7][0].ids)
     assert (a[1] >= 0).any(1).all()
     batch, labels, quilts = a
     assert labels.shape == batch.ids.shape and len(quilts) == 3
@@ -132,10 +161,11 @@ def test_batches_follow_from_seed_and_number_alone(dense):
 
 
 def test_a_stage_goes_on_where_it_was_and_repeats_no_other(dense):
-    first, again = (list(itertools.islice(ToyBatches(dense, 0, 2, 1, stage=1).batches(n), 3)) for n in (0, 2))
+    visor = fresh().add_cross_attention(world.CA, world.SA, world.VIABLE)
+    first, again = (list(itertools.islice(ToyBatches(visor, 0, 2, 1, stage=1).batches(n), 3)) for n in (0, 2))
     assert np.array_equal(first[2][0].ids, again[0][0].ids)
     images = {x[0].images[0][0].pixels.tobytes() for stage in (0, 1, 2)
-              for x in itertools.islice(ToyBatches(dense, 0, 2, 1, stage=stage).batches(0), 3)}
+              for x in itertools.islice(ToyBatches(visor, 0, 2, 1, stage=stage).batches(0), 3)}
     assert len(images) == 9
 
 
@@ -148,12 +178,12 @@ def test_without_auxiliary_loss_it_is_the_mean_over_the_targets(dense):
         h = dense(batch, sa)
         wanted = [-dense.head(h[b, i - 1]).log_softmax(-1)[labels[b, i]]
                   for b, i in zip(*np.nonzero(labels >= 0))]
-        loss, = batches.losses(item, sa, 0)
+        loss, = batches.losses(item, Plan(sa), 0)
         assert torch.allclose(loss, torch.stack(wanted).mean(), rtol=1e-5)
 
 
 def test_auxiliary_loss_is_a_sigmoid_for_each_word(dense):
-    batches = ToyBatches(dense, 0, 2)
+    batches = ToyBatches(dense, 0, 2, stage=0)
     _, _, quilts = batches[1]
     truth = torch.from_numpy(np.maximum(batches.word_targets(quilts, 0), batches.word_targets(quilts, 2)))
     v = torch.randn(2, 40, 64)
@@ -237,5 +267,5 @@ def test_stage_0s_loss_is_answers_and_words_of_every_level(dense):
             truth = truth + batches.word_targets(quilts, level)
             words = training.auxiliary_loss(dense, state[:, places], torch.from_numpy(truth.clip(max=1)))
             wanted = wanted + 0.5 * words
-        loss, = batches.losses(item, batches.configuration(step), step)
+        loss, = batches.losses(item, batches.plan(step), step)
         assert torch.allclose(loss, wanted, rtol=1e-5)

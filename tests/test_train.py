@@ -128,7 +128,9 @@ def test_all_stages_in_turn_and_the_table(tmp_path, capsys):
     assert all(len(line) <= 80 for line in out.splitlines())
     assert all(task in out for task in world.TASKS)
     table = json.loads((tmp_path / "table.json").read_text())
-    assert [row["sa"] for row in table["rows"]] == [list(range(12)), *map(list, world.VIABLE), None, None]
+    assert [(row["sa"], row["pixels"]) for row in table["rows"]] == [
+        (list(range(12)), "all"), *((list(sa), "overview") for sa in world.OVERVIEW),
+        *((list(sa), "all") for sa in world.VIABLE), (None, None), (None, None)]
     assert (tmp_path / "table.png").stat().st_size > 10000
     assert VLM.from_pretrained(train.newest(tmp_path, [3])).config.stage == "3"
     assert call("--out", tmp_path) == 2 and "--resume" in capsys.readouterr().err

@@ -111,10 +111,10 @@ class ToyBatches:
 
     # --- batches ---
 
-    def __getitem__(self, i):
-        """(data.Batch, labels (B, Nt) in numpy, the quilts)."""
-        pixels = self.plan(i - self.first_number).pixels
-        quilts, prompts, labels = zip(*(self._sample(i, j, pixels) for j in range(self.batch_size)))
+    def __getitem__(self, step):
+        """(data.Batch, labels (B, Nt) in numpy, the quilts). No stage repeats another's."""
+        number, pixels = (self.stage << 40) + step, self.plan(step).pixels
+        quilts, prompts, labels = zip(*(self._sample(number, j, pixels) for j in range(self.batch_size)))
         return data.collate(prompts), data.pad(labels, -1), list(quilts)
 
     def _sample(self, i, j, pixels):
@@ -134,19 +134,14 @@ class ToyBatches:
         prompt, labels = data.labelled(pieces, self.model.tokenizer, [data.process_image(image, c)])
         return quilt, data.seen(prompt, pixels, c), labels
 
-    @property
-    def first_number(self):
-        """Of the stage's batches: no stage repeats another's."""
-        return self.stage << 40
-
     def batches(self, first):
         """The items of the stage's steps from `first` on."""
-        return map(self.__getitem__, count(self.first_number + first))
+        return map(self.__getitem__, count(first))
 
     def plan(self, step):
-        """The Plan that a step trains: all layers in stage 0."""
+        """The Plan that a step trains; of a dense model all layers."""
         c = self.model.config
-        if self.stage == 0:
+        if not c.viable:
             return Plan(tuple(range(c.layers)))
         return sample_plan(c, self.seed, step, self.largest_first_steps)
 
