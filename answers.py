@@ -37,15 +37,15 @@ class Answer(NamedTuple):
     error: str = None    # one line: why it could not be asked
 
 
-def answers(model, questions, sa="auto", pixels="all", batch_size=16, start=0, temperature=0.0, seed=0, **how):
+def answers(model, questions, sa="auto", batch_size=16, start=0, temperature=0.0, seed=0, pixels="all", **how):
     """Yields an Answer for each of an iterable of questions, in order.
 
     A question is (text, images): paths or PIL images, where the text has <image> or before it. A ValueError in place
     of one is the reason why there is none, and becomes the answer's error.
     sa: a configuration, "auto", or a function that gives (sa, allowed) of Asked for a prompt of `text` and `vision`
-    tokens (`dense_vision` without packing). pixels: as in VLM.generate. start: the first question to answer; batches
-    are formed as without it, so that a run that goes on with the same batch_size gives the same bits. temperature, seed, how: as in VLM.generate;
-    what is drawn for a question depends on the seed and its number only.
+    tokens (`dense_vision` without packing). start: the first question to answer; batches are formed as without it, so
+    that a run that goes on with the same batch_size gives the same bits. temperature, seed, pixels, how: as in
+    VLM.generate; what is drawn for a question depends on the seed and its number only.
     """
     choose = sa if callable(sa) else lambda *_: (sa, None)
     largest = 1 if temperature else batch_size  # of a batch: VLM.generate draws for all of one from one seed

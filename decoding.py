@@ -29,9 +29,7 @@ def generate(model, tree, prompts, sa, max_tokens=64, temperature=0.0, top_p=1.0
     if max_tokens < 1:
         raise ValueError(f"max_tokens {max_tokens}: give at least 1")
     with timer(timings, "prefill", model.device):
-        if sa == "auto":
-            own = [x for x in tree.configurations if allowed is None or x in allowed]
-            sa = model.route(tree, [p.answer_starts for p in prompts], own)
+        sa = model.route(tree, [p.answer_starts for p in prompts], allowed) if sa == "auto" else sa
     chosen = sa if isinstance(sa, list) else [tuple(sa)] * len(prompts)
     answers, groups = [None] * len(prompts), group_by_configuration(chosen)  # mixed routes: each group on its own
     for own, rows in groups:

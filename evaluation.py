@@ -111,7 +111,7 @@ def score_answers(model, pairs, tree, pixels="all", routed=False):
         enough = [True] * len(pairs)
         if pixels == "overview":
             enough = model.overview_will_do(tree, batch.answer_starts)
-        routes = model.route(tree, batch.answer_starts, tree.configurations)
+        routes = model.route(tree, batch.answer_starts)
     found = []                                                               # (2, targets) of each configuration
     for sa in tree.configurations:                                           # each goes on where they branch
         h = tree.run(sa)[0].flatten(0, 1).index_select(0, on.index)          # (targets, d)

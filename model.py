@@ -231,11 +231,11 @@ class VLM(nn.Module):
         Conservative: of the configurations whose probability reaches config.route_threshold, or the likeliest one's,
         the most expensive. So for each question; of several questions in a prompt the most expensive choice runs.
         answer_starts: of the data.Batch that is the tree's newest segment. allowed: those to choose among."""
-        c = self.config
-        if allowed is not None and len(allowed) == 1:  # nothing to choose
-            return list(allowed) * len(answer_starts)
+        c, may = self.config, [own for own in tree.configurations if allowed is None or own in allowed]
+        if len(tree.configurations) == 1:  # nothing to choose
+            return may * len(answer_starts)
         scores = self.route_scores(tree, answer_starts)                                         # (B, K, viable)
-        barred = torch.tensor([allowed is not None and own not in allowed for own in c.viable], device=scores.device)
+        barred = torch.tensor([own not in may for own in c.viable], device=scores.device)
         p = scores.float().masked_fill(barred, float("-inf")).softmax(-1)
         cost = [llm_flops(c, own, 1, 1000) for own in c.viable]                                 # the order counts only
         rank = torch.tensor([sorted(set(cost)).index(x) for x in cost], device=p.device)        # (viable,)

@@ -287,8 +287,8 @@ def answer_rows(args, model, questions, heads, done):
     if c.world == "toy":
         warn_of_other_worlds([x[0] for x in questions if not isinstance(x, ValueError)], [], model.tokenizer)
     warn_of_layers(args, c)
-    found = answers(model, questions, partial(configuration, args, c), pixels_of(args, c), args.batch_size, done,
-                    args.temperature, args.seed, max_tokens=args.max_tokens, top_p=args.top_p)
+    found = answers(model, questions, partial(configuration, args, c), args.batch_size, done, args.temperature,
+                    args.seed, pixels_of(args, c), max_tokens=args.max_tokens, top_p=args.top_p)
     try:
         with signals(leave), tqdm(total=len(heads), initial=done, desc="answers", ncols=80) as bar:
             for x in found:

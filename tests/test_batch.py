@@ -78,7 +78,7 @@ def alone(model, question, sa="auto", **how):
     (text, paths), routes = question, []
     images = [data.process_image(pictures.load_image(x), model.config, len(paths) == 1) for x in paths]
     prompt = data.encode(data.chatml([data.place_images(text, len(paths))]), model.tokenizer, images)
-    return model.generate([prompt], sa, routes=routes, **how)[0], routes[0]
+    return model.generate([prompt], sa, routes=routes, **how)[0], routes[0].sa
 
 
 # --- the loop ---
@@ -88,8 +88,8 @@ def test_answers_are_those_of_each_question_alone_in_order_and_in_batches(model,
     found = list(answers.answers(model, iter(questions), batch_size=5, max_tokens=3))
     assert sum(loaded) == len(questions) and sorted(loaded) == [2, 5, 5]
     want = [alone(model, x, max_tokens=3) for x in questions]
-    assert [(x.tokens, x.sa) for x in found] == want
-    assert len({x.sa for x in found}) == 3 and len({len(x.asked.shared.v_pos) for x in found}) >= 4
+    assert [(x.tokens, x.plan.sa) for x in found] == want
+    assert len({x.plan for x in found}) == 3 and len({len(x.asked.shared.v_pos) for x in found}) >= 4
     assert len({tuple(x.tokens) for x in found}) >= 10
     assert all(image.pixels is None for x in found for image in x.asked.shared.images)
 
@@ -101,12 +101,12 @@ def test_a_configuration_for_each_question(model, folder, loaded):
         return ((1,) if vision else (1, 4)), None
     questions = questions_of(folder)[:6]
     for x, question in zip(answers.answers(model, questions, choose, 8, max_tokens=2), questions):
-        assert (x.tokens, x.sa) == alone(model, question, (1,) if question[1] else (1, 4), max_tokens=2)
+        assert (x.tokens, x.plan.sa) == alone(model, question, (1,) if question[1] else (1, 4), max_tokens=2)
     assert max(loaded) == 6
     limits = lambda text, vision, _: ("auto", [(1,)] if vision else None)
     for x, question in zip(answers.answers(model, questions, limits, 8, max_tokens=2), questions):
         allowed = [(1,)] if question[1] else None
-        assert (x.tokens, x.sa) == alone(model, question, "auto", max_tokens=2, allowed=allowed)
+        assert (x.tokens, x.plan.sa) == alone(model, question, "auto", max_tokens=2, allowed=allowed)
 
 
 def test_batches_are_of_similar_size_and_bounded(model):

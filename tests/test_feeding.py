@@ -11,14 +11,14 @@ import torch
 import checkpoints
 import data
 import encoders
-import pictures
 import evaluation
+import pictures
 import router
 import train
 from config import Config
-from evaluation import all_results
 from data import NORMALISED, process_image
 from encoders import normalise, send
+from evaluation import all_results
 from llava.batches import ConversationBatches
 from llava.samples import Samples, eval_questions
 from model import VLM
@@ -225,7 +225,8 @@ def test_few_images_wait_for_others_of_their_kind(asked, loads):
         loads.clear()
     assert most[0] == 0 < most[100_000] < most[1 << 29]  # images that wait while a list is evaluated
     assert all(len(x) == 1 for x in evaluation.image_batches(eval_set, model.config, batch_size=1))
-    assert [i for batch in evaluation.image_batches(eval_set, model.config, range(3, 10)) for i, *_ in batch] == [0, 1, 2]
+    left = evaluation.image_batches(eval_set, model.config, range(3, 10))
+    assert [i for batch in left for i, *_ in batch] == [0, 1, 2]
 
 
 def test_an_evaluation_reads_back_two_numbers_a_target_once_a_question(asked, monkeypatch):
@@ -278,6 +279,7 @@ def test_the_final_table_evaluates_both_models_on_one_device(monkeypatch, tmp_pa
     monkeypatch.setattr(train, "all_results", lambda *_: [])
     monkeypatch.setattr(router, "summarise", lambda *_: SimpleNamespace(
         text=lambda: "", routes=lambda: "", save=lambda _: None, draw=lambda _: None))
-    model = SimpleNamespace(config=SimpleNamespace(layers=12, viable=((), (4,)), plans=(), router=False), device="somewhere")
+    config = SimpleNamespace(layers=12, viable=((), (4,)), plans=(), router=False)
+    model = SimpleNamespace(config=config, device="somewhere")
     train.print_report(model, SimpleNamespace(seed=0, questions=1), tmp_path)
     assert where == ["somewhere"]

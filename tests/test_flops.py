@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import decoding
 import flops
 from cache_tree import CacheTree
 from cli import run
@@ -123,7 +124,8 @@ def test_bytes_are_those_allocated(m, sa):
     text, vision = len(p.ids), len(p.v_pos)
     for tree, capacity in ((CacheTree(m.language_model, [sa], 1, (text + 9, vision)), text + 9),
                            (m.new_tree(sa, 1, text + 9, vision), round_up(text + 9))):
-        m.generate([p], sa, max_tokens=1, tree=tree)
+        m.extend(tree, collate([p]))
+        decoding.generate(m, tree, [p], sa, max_tokens=1)
         assert flops.cache_bytes(m.config, sa, capacity, vision, itemsize=4) == nbytes(tree)
     largest = []
     hooks = [x.register_forward_hook(lambda _, __, y: largest.append(y.nbytes)) for x in m.language_model.modules()

@@ -2,6 +2,7 @@
 import json
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,19 +215,19 @@ def test_the_policy_attends_to_what_stands_before_it_and_nothing_else():
 
 def test_the_choice_is_conservative(monkeypatch):
     """VIABLE's last is the costliest: chosen at probability 3 %, not at 0.5 %; what is barred has no probability."""
-    m = model(5)
+    m, tree = model(5), SimpleNamespace(configurations=VIABLE)
     for rare, allowed, wanted in ((0.03, None, -1), (0.005, None, 0), (0.03, VIABLE[:2], 0), (0.03, VIABLE[1:], -1)):
         p = torch.tensor([1 - rare, *[0.0] * (len(VIABLE) - 2), rare])
         monkeypatch.setattr(m, "route_scores", lambda *_, p=p: p.log()[None, None])
-        assert m.route(None, [[0]], allowed) == [tuple(VIABLE[wanted])]
+        assert m.route(tree, [[0]], allowed) == [tuple(VIABLE[wanted])]
     m.config.route_threshold = 1  # the likeliest
     monkeypatch.setattr(m, "route_scores", lambda *_: torch.tensor([0.5, 0.1, 0.1, 0.0, 0.3]).log()[None, None])
-    assert m.route(None, [[0]]) == [(1,)]
+    assert m.route(tree, [[0]]) == [(1,)]
     m.config.route_threshold = 0.02
     p = torch.tensor([0.5, 0.03, 0.47, 0.0, 0.0])  # 1,4 and 1,7 cost the same
     for own, wanted in ((p, (1, 7)), (p[[0, 2, 1, 3, 4]], (1, 4))):
         monkeypatch.setattr(m, "route_scores", lambda *_, own=own: own.log()[None, None])
-        assert m.route(None, [[0]]) == [wanted]
+        assert m.route(tree, [[0]]) == [wanted]
 
 
 def test_allowed_caps_the_route():

@@ -12,9 +12,12 @@ from PIL import Image
 
 import explain
 import sample
+from config import Plan
+from conversation import Conversation
+from costs import summary
 from data import chatml, encode, place_images, process_image, split_shared
-from flops import connector_flops, llm_flops, router_flops, tower_flops
 from decoding import sample_token
+from flops import connector_flops, llm_flops, router_flops, tower_flops
 from model import VLM
 from tests import tiny
 
@@ -59,8 +62,8 @@ def test_json_is_complete_and_true(place, capsys):
     processed = [process_image(Image.open(place / name), model.config, single_image=False)
                  for name in ("a.png", "b.jpg")]
     for row, question in zip(rows, ("What?", "And <image> beside <image>?")):
-        assert set(row) == {"question", "answer", "tokens", "sa", "routed", "text_tokens", "vision_tokens", "flops",
-                            "seconds"}
+        assert set(row) == {"question", "answer", "tokens", "sa", "pixels", "routed", "text_tokens", "vision_tokens",
+                            "flops", "seconds"}
         prompt = encode(chatml([place_images(question, 2)]), model.tokenizer, processed)
         assert row["tokens"] == model.generate([prompt], (1, 4), max_tokens=6)[0] and len(row["tokens"]) == 6
         assert row["answer"] == model.tokenizer.decode(row["tokens"]).strip()
@@ -145,7 +148,7 @@ def test_auto_asks_the_router_for_each_question(place, capsys):
         prompt, routes = encode(chatml([place_images(question, 1)]), model.tokenizer, [image]), []
         assert row["tokens"] == model.generate([prompt], "auto", max_tokens=3, routes=routes)[0]
         sa, text, vision = tuple(row["sa"]), row["text_tokens"], row["vision_tokens"]
-        assert sa == routes[0]
+        assert sa == routes[0].sa
         shared = len(encode(split_shared(chatml([place_images(question, 1)]))[0], model.tokenizer, [image]).ids)
         start = max([min(set(sa) ^ set(other), default=12) for other in ran], default=0)
         steps = sum(llm_flops(model.config, sa, 1, 0, text + i, vision) for i in range(len(row["tokens"]) - 1))
@@ -204,9 +207,9 @@ def test_sampling_flags_reach_the_model(place, capsys):
 
 def test_answers_with_line_breaks_stay_on_one_line(place, capsys, monkeypatch):
     def answer(self, *_, routes, **__):
-        routes[:] = [(1, 4)]
-        return self.tokenizer.encode("a\nb\rc").ids
-    monkeypatch.setattr(VLM, "answer", answer)
+        routes[:] = [Plan((1, 4))]
+        return self.model.tokenizer.encode("a\nb\rc").ids
+    monkeypatch.setattr(Conversation, "answer", answer)
     assert call(capsys, "--model", place / "model", "--q", "hi")[1] == "a b c\n"
 
 
@@ -264,14 +267,14 @@ def test_transparency_as_the_checkpoint_has_it(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("n, rate", [(0, None), (1, None), (2, "0.5 tokens/s"), (11, "5.0 tokens/s")])
 def test_the_first_token_is_prefills(n, rate):
-    report = {"seconds": {"encoder": 0, "prefill": 1, "decode": 2.0}, "tokens": [1] * n, "sa": [1], "routed": True,
-              "text_tokens": 5, "vision_tokens": 1, "flops": {"llm": 1e9, "saving": 2.0}}
-    text = sample.summary(tiny.config(), report, 1)
+    report = {"seconds": {"encoder": 0, "prefill": 1, "decode": 2.0}, "tokens": [1] * n, "sa": [1], "pixels": "all",
+              "routed": True, "text_tokens": 5, "vision_tokens": 1, "flops": {"llm": 1e9, "saving": 2.0}}
+    text = summary(tiny.config(), report, 1)
     assert "tokens/s" not in text if rate is None else rate in text
     assert max(map(len, text.splitlines())) <= 80 and "1 visual token;" in text and "2x less than\ndense;" in text
     assert "0.5" not in text or n == 2
     report["flops"]["saving"] = 0.5
-    assert "2x more than dense over the 3 so far" in sample.summary(tiny.config(), report, 3).replace("\n", " ")
+    assert "2x more than dense over the 3 so far" in summary(tiny.config(), report, 3).replace("\n", " ")
 
 
 def test_budget_message_names_a_budget_that_works(place, capsys):
@@ -402,8 +405,8 @@ def test_bad_words(place, capsys, what):
 
 def test_a_terminal_that_lacks_characters_loses_no_answer(place, monkeypatch):
     """What ASCII cannot say is written as an escape; a stream that is closed takes nothing and hurts nothing."""
-    monkeypatch.setattr(VLM, "answer", lambda self, *_, routes, **__: (
-        routes.append((1, 4)), self.tokenizer.encode("café 中").ids)[1])
+    monkeypatch.setattr(Conversation, "answer", lambda self, *_, routes, **__: (
+        routes.append(Plan((1, 4))), self.model.tokenizer.encode("café 中").ids)[1])
     words = ["--model", str(place / "model"), "--q", "hi"]
     for encoding, want in (("ascii", b"caf\\xe9 \\u4e2d\n"), ("utf-8", "café 中\n".encode()), (
             "latin-1", b"caf\xe9 \\u4e2d\n")):

@@ -74,6 +74,15 @@ def test_the_learning_rate_warms_up_stays_and_falls():
     assert all(a > b for a, b in zip(factors[50:], factors[51:])) and factors[-1] == pytest.approx(0.0396)
 
 
+def test_the_learning_rate_begins_anew_at_two_thirds():
+    """Each part is as a run of its own."""
+    factors = [train.lr_factor(i, 100, 10, 0.5, restart=60) for i in range(100)]
+    assert factors[:60] == [train.lr_factor(i, 60, 10, 0.5) for i in range(60)]
+    assert factors[60:] == [2 / 3 * train.lr_factor(i, 40, 10, 0.5) for i in range(40)]
+    assert [train.lr_factor(i, 100, 10, 0.5, restart=200) for i in range(100)] == [  # never
+        train.lr_factor(i, 100, 10, 0.5) for i in range(100)]
+
+
 def test_answer_loss_is_the_sum_over_targets():
     model = fresh(0)
     batch, labels, _ = ToyBatches(model, 0, 3, 4)[0]

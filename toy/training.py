@@ -17,9 +17,9 @@ from toy import world
 # Batches are of images, with 10 questions each or 30 short ones; in stage 3 of questions. lr is Muon's, AdamW has a
 # tenth; it is constant up to decay_start * steps, then falls linearly. LOG.md has the experiments behind the numbers.
 RECIPES = {
-    0: dict(batch_size=24, steps=6400, lr=0.015, warmup=50, decay_start=0.55,
+    0: dict(batch_size=24, steps=6000, lr=0.015, warmup=50, decay_start=0.55,
             auxiliary_weight=1.0,     # without it no task rises above guessing in this budget
-            drop_vision_from=4400),   # earlier, relations would be learned in too late a layer, and reading in the last
+            drop_vision_from=5000),   # from the first step on, relations would be learned in too late a layer
     1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, decay_start=0.5),  # a warm-up; 300 steps bring little more
     2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, decay_start=0.5,
             largest_first=0.375),     # of the steps: relations learned first in the largest configuration stay
@@ -179,19 +179,12 @@ class ToyBatches:
     # --- stage 0 ---
 
     def draw_dropped_layers(self, rng):
-        """(blind, frozen) while questions are answered: layers in which text does not look at vision, and in which
-        vision rests. Of the candidates, those of a random viable configuration refine vision, every other time all;
-        text looks there every other time. Of the other layers a random share drops out; text goes on looking where
-        VISOR will have a cross-attention.
-
-        So text learns to look where VISOR lets it, at what a smaller configuration makes of vision, too. With whole
-        vision it reads cells behind the first candidate and relations in the last, and stage 2 can't move that."""
+        """(text-only layers, layers in which vision is frozen) while questions are answered: a random share of all
+        layers but the candidates. Text-only are those that have no attention to vision in VISOR; where it will have a
+        cross-attention, text goes on looking."""
         share = rng.random(self.model.config.layers) < rng.random()
-        refining = world.VIABLE[rng.integers(len(world.VIABLE))] if rng.random() < 0.5 else world.SA
-        looking = refining if rng.random() < 0.5 else ()
-        frozen = [l for l, is_drawn in enumerate(share) if (l not in refining if l in world.SA else is_drawn)]
-        blind = [l for l in (*frozen, *world.SA) if l not in (*world.CA, *looking)]
-        return sorted(set(blind)), frozen
+        drawn = [l for l, is_drawn in enumerate(share) if is_drawn and l not in world.SA]
+        return [l for l in drawn if l not in world.CA], [l for l in drawn if l in world.CA]
 
     def draw_frozen_layers(self, rng, late):
         """Layers in which vision is frozen while the auxiliary loss is computed: each but the candidates with
@@ -200,19 +193,18 @@ class ToyBatches:
         share = rng.random(self.model.config.layers) < p
         return [l for l, is_drawn in enumerate(share) if is_drawn and l not in world.SA]
 
-    def run_dense(self, t, v, layout, blind, frozen, stop=None):
-        """[(t, v) after layer l, for each l < stop] of the dense model (default: of all layers). Text looks at vision
-        in all layers but the blind ones; vision is refined in all but the frozen ones."""
-        llm, every_layer, states = self.model.language_model, tuple(range(self.model.config.layers)), []
+    def run_dense(self, t, v, layout, text_only, frozen, stop=None):
+        """[(t, v) after layer l, for each l < stop] of the dense model (default: of all layers).
+
+        Text runs in each layer and attends to vision in all but those of `text_only`; vision is refined in all but
+        those and the `frozen` ones.
+        """
+        every_layer, states = tuple(range(self.model.config.layers)), []
         for l in every_layer[:stop]:
             # Alone in its configuration, a layer is the last that reads vision (a dense model has no cross-attention),
             # so run leaves v as it is. With all layers in it, others follow and v is refined, but for the model's last
-            before = t, v
-            if l in blind:
-                t, _ = llm.run(*before, layout, (), l, l + 1)
-            if not (l in blind and l in frozen):
-                seeing, v = llm.run(*before, layout, (l,) if l in frozen else every_layer, l, l + 1)
-                t = t if l in blind else seeing
+            sa = () if l in text_only else (l,) if l in frozen else every_layer
+            t, v = self.model.language_model.run(t, v, layout, sa, l, l + 1)
             states.append((t, v))
         return states
 
