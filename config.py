@@ -169,9 +169,9 @@ class Config:
         del settings["overview"]
         return json.dumps(settings, indent=1)
 
-    def add_visor(self, ca=None, sa=None, viable=None, overview=()):
-        """Sets ca, sa and viable, with defaults for what is None: a third of the layers each, stride 3 (paper 4.2.3,
-        5.1); and overview. Returns the Config. Raises ValueError.
+    def add_visor(self, ca=None, sa=None, viable=None, overview=None):
+        """Sets ca, sa, viable and overview, with defaults for what is None: a third of the layers each, stride 3 (paper
+        4.2.3, 5.1); over the overview the smallest configuration. Returns the Config. Raises ValueError.
 
         Each cross-attention stands one layer after a candidate, so that it reads what that one refined. The viable
         configurations are those that the paper found among 8 candidates (appendix A), carried over to the candidates
@@ -185,7 +185,8 @@ class Config:
             at = {l: self.sa[round(i * (len(self.sa) - 1) / 7)] for i, l in enumerate(PAPER_SA) if self.sa}
             viable = dict.fromkeys(tuple(dict.fromkeys(at[l] for l in v)) for v in PAPER_VIABLE if self.sa)
         self.viable = tuple(tuple(sorted(v)) for v in viable)
-        self.overview = tuple(tuple(sorted(v)) for v in overview)
+        smallest = sorted(self.viable, key=len)[:1] if len(self.viable) > 1 else ()
+        self.overview = tuple(tuple(sorted(v)) for v in (smallest if overview is None else overview))
         self._check_layers()
         return self
 

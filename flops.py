@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from cli import Parser, checkpoint_path, counted, run
-from config import LIMITS, PRESETS, checked, preset
+from config import LIMITS, PIXELS, PRESETS, checked, preset
 from data import overview_tokens, tiling
 from families import read_config
 
@@ -161,6 +161,8 @@ def parse(argv=None):
     p.add_argument("--image", action="append", metavar="WxH", help="size of an image in pixels; may be given several "
                    "times (default: 1024x768)")
     p.add_argument("--tiles", type=int, metavar="N", help="instead of --image: N tiles, without newlines")
+    p.add_argument("--pixels", choices=PIXELS, default="all", help="overview: what a question costs that is answered "
+                   "from the base tile alone (default: all)")
     p.add_argument("--text", type=int, default=40, metavar="N", help="text tokens of the prompt (default: 40)")
     p.add_argument("--answer", type=int, default=16, metavar="N", help="tokens of the answer (default: 16)")
     p.add_argument("--pack", type=float, metavar="R", help="token packing: about R times fewer tokens a tile")
@@ -179,6 +181,8 @@ def parse(argv=None):
                 p.error(str(e))
     if args.tiles and args.image:
         p.error("--tiles and --image both say how large the image is; give one of them")
+    if args.pixels == "overview" and len(args.image or ()) > 1:
+        p.error("--pixels overview: several images have none; give one")
     return args
 
 
@@ -199,6 +203,8 @@ def settings(args):
 
 def images(args, c):
     """(tiles, visual tokens) of the prompt."""
+    if args.pixels == "overview":
+        return 1, overview_tokens(c)
     if args.tiles:
         return args.tiles, args.tiles * c.side ** 2
     sizes = []
@@ -231,6 +237,7 @@ def compare(rows, dense):
     for r in rows:
         r["saving_paper"] = dense["prefill_paper"] / r["prefill_paper"]
         r["saving_executed"] = (dense["prefill"] + dense["answer"]) / (r["prefill"] + r["answer"])
+        r["saving_first_token"] = (dense["total"] - dense["answer"]) / (r["total"] - r["answer"])
         r["saving_with_encoder"] = dense["total"] / r["total"]
     return rows
 
@@ -239,6 +246,7 @@ def main(argv=None):
     args = parse(argv)
     c = settings(args)
     tiles, vision = images(args, c)
+    overview, args.pixels = args.pixels == "overview", "all"  # dense looks at everything
     dense_tiles, dense_vision = images(args, c.unpacked())
     every = tuple(range(c.layers))
     asked = [every, *sorted({(), *c.viable}, key=lambda sa: (-len(sa), sa))]
@@ -246,8 +254,8 @@ def main(argv=None):
         asked = [c.configuration(text) for text in args.sa]
     rows = count(c, asked, args.text, vision, tiles, args.answer, args.batch)
     dense = count(c.unpacked(), [every], args.text, dense_vision, dense_tiles, args.answer, args.batch)[0]
-    report = {"model": args.model, "tiles": tiles, "visual_tokens": vision, "dense_visual_tokens": dense_vision,
-              "text_tokens": args.text, "answer_tokens": args.answer, "batch": args.batch, "pack": c.pack,
+    report = {"model": args.model, "tiles": tiles, "overview": overview, "visual_tokens": vision,
+              "dense_visual_tokens": dense_vision, "text_tokens": args.text, "answer_tokens": args.answer, "batch": args.batch, "pack": c.pack,
               "parameters": {"llm": llm_parameters(c), "cross_attention": cross_parameters(c)},
               "rows": compare(rows, dense)}
     if c.route_layer:
@@ -271,7 +279,8 @@ def page(c, r):
            f"  VISOR           cross-attention in {','.join(map(str, c.ca))}",
            f"                  + {added / 1e6:,.1f} M parameters, {added / r['parameters']['llm']:.1%} of the language "
            f"model's {r['parameters']['llm'] / 1e6:,.1f} M",
-           f"  prompt          {counted(r['tiles'], 'tile')}, {counted(r['visual_tokens'], 'visual token')}, "
+           f"  prompt          {counted(r['tiles'], 'tile')}{' (the overview)' * r['overview']}, "
+           f"{counted(r['visual_tokens'], 'visual token')}, "
            f"{counted(r['text_tokens'], 'text token')}; answer {r['answer_tokens']}",
            *[f"  packing         {c.pack:g}: dense has {r['dense_visual_tokens']:,} visual tokens"] * (c.pack > 1),
            *[f"  batch           {r['batch']}, operations and bytes are those of all"] * (r["batch"] > 1), "",
@@ -281,15 +290,16 @@ def page(c, r):
            "  cross-attention adds 4 text d H + vision (4 d K + 14 d) + 4 text vision H.", "",
            f"GFLOP: encoder {giga(r['rows'][0]['encoder'])}, connector {giga(r['rows'][0]['connector'])}, and "
            f"the language model:", "",
-           f"{'':33}{'each':>8}{'answer':>7}{'with':>9}   saving over dense",
-           f"{'self-attention layers':24}{'prefill':>9}{'token':>8}{'of ' + str(r['answer_tokens']):>7}{'encoder':>9}"
-           f"{'paper':>7}{'exec.':>8}{'all':>8}"]
+           f"{'self-':28}{'each':>7}{'answer':>7}{'with':>9}   saving over dense",
+           f"{'attention layers':20}{'prefill':>8}{'token':>7}{'of ' + str(r['answer_tokens']):>7}{'encoder':>9}"
+           f"{'paper':>7}{'exec.':>7}{'first':>7}{'all':>7}"]
     for row in r["rows"]:
-        out.append(f"{row['sa']:24}{giga(row['prefill']):>9}{giga(row['token']):>8}{giga(row['answer']):>7}"
-                   f"{giga(row['total']):>9}{row['saving_paper']:>6.1f}x{row['saving_executed']:>7.1f}x"
-                   f"{row['saving_with_encoder']:>7.2f}x")
+        out.append(f"{row['sa']:20}{giga(row['prefill']):>8}{giga(row['token']):>7}{giga(row['answer']):>7}"
+                   f"{giga(row['total']):>9}{row['saving_paper']:>6.1f}x{row['saving_executed']:>6.1f}x"
+                   f"{row['saving_first_token']:>6.2f}x{row['saving_with_encoder']:>6.2f}x")
     out += ["", "paper: LLM prefill, full squares, as the paper counts; exec.: LLM prefill and",
-            "answer, what is executed; all: the same with connector and encoder."]
+            "answer, what is executed; first: encoder, connector and prefill, up to the first",
+            "token; all: everything."]
     if "router" in r:
         out.append(f"The router, {giga(r['router']['flops'])}, comes on top: {r['router']['share']:.3%} of a prompt in "
                    f"layers {r['router']['cheapest']}.")

@@ -386,7 +386,7 @@ class VLM(nn.Module):
             first.in_features *= 4
         return self
 
-    def add_cross_attention(self, ca=None, sa=None, viable=None, overview=()):
+    def add_cross_attention(self, ca=None, sa=None, viable=None, overview=None):
         """Turns a loaded dense model into VISOR: cross-attention in the layers ca, candidates sa (paper 4.2.1, 4.2.2).
 
         The defaults are those of Config.add_visor. Nothing changes until the new layers are trained."""

@@ -26,8 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import cli
-import config
 import data
+import families
 import flops
 import llava.__main__
 import router
@@ -212,7 +212,7 @@ def read_index(x):
 
 def use(name):
     """Loads a checkpoint, and asks it something."""
-    config.VISION_TOWERS["tiny-siglip"] = TOWER  # in the forked process alone
+    families.VISION_TOWERS["tiny-siglip"] = TOWER  # in the forked process alone
     model = VLM.from_pretrained(name)
     c = model.config
     image = data.process_image(tiny.image(30, 20), c)
@@ -283,7 +283,7 @@ def make_labels(x=None):
         Path("labels.jsonl").write_bytes(x)
     model = VLM.from_pretrained("visor")
     questions = eval_questions(Samples("data.json", None, model.tokenizer, model.config), 2)
-    router.pseudo_labels(model.config.viable, router.log_results("labels.jsonl", model, questions), "task", ())
+    router.pseudo_labels(model.config.plans, router.log_results("labels.jsonl", model, questions), "task", ())
 
 
 def command(main, words):

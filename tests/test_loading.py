@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import config as settings
+import families
 from data import collate, encode, process_image
 from model import VLM
 from tests import tiny
@@ -49,7 +50,7 @@ FAMILIES = {  # our prefix -> theirs, and config.json
 
 @pytest.fixture(autouse=True)
 def small_tower(monkeypatch):
-    monkeypatch.setitem(settings.VISION_TOWERS, "tiny-siglip", TOWER)
+    monkeypatch.setitem(families.VISION_TOWERS, "tiny-siglip", TOWER)
 
 
 def rename(tensors, table):
@@ -461,7 +462,7 @@ def test_settings_are_done_or_refused_by_name(family, changes, message, tmp_path
     ({"rope_scaling": {"type": "default"}, "rope_theta": 3e4}, 3e4), ({"rope_theta": None}, 1e4)])
 def test_where_theta_stands(rope, theta, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**HF, "text_config": {**TEXT, **rope}}))
-    assert settings.read_config(tmp_path).rope_theta == theta
+    assert families.read_config(tmp_path).rope_theta == theta
 
 
 @pytest.mark.parametrize("field, value", [
@@ -475,11 +476,11 @@ def test_every_setting_of_ours_has_its_limits(field, value, tmp_path):
     tiny.model().save_pretrained(tmp_path / "c")
     set_config(tmp_path / "c", **{field: value})
     with pytest.raises(ValueError, match=f"config.json: .*{field}"):
-        settings.read_config(tmp_path / "c")
+        families.read_config(tmp_path / "c")
 
 
 def test_no_setting_is_without_a_limit():
-    of_lists = {"pinpoints", "ca", "sa", "viable", "stop_ids"}
+    of_lists = {"pinpoints", "ca", "sa", "viable", "overview", "stop_ids"}
     assert {f.name for f in dataclasses.fields(settings.Config)} == set(settings.LIMITS) | of_lists
 
 
