@@ -19,7 +19,7 @@ class Route(NamedTuple):
 
 def report_of(model, costs, route, prefix, prompt, tokens):
     """What --json says of an answer, `tokens`. route, prefix, prompt: as in Costs.add."""
-    vision = len(data.seen(prefix, route.ran.pixels, model.config).v_pos)
+    vision = len(prefix.v_pos) if route.ran.pixels == "all" else data.overview_tokens(model.config)
     return {"answer": model.tokenizer.decode(tokens).strip(), "tokens": tokens, "sa": list(route.ran.sa),
             "pixels": route.ran.pixels, "routed": route.sa == "auto",
             "text_tokens": len(prefix.ids) + len(prompt.ids), "vision_tokens": vision,
@@ -40,14 +40,14 @@ class Costs:
         all pixels; answer: its number of tokens."""
         c, shared, own = self.config, len(prefix.ids), len(prompt.ids)
         new = not any(key[0] == route.shared for key in self.ran)  # to dense, which has one cache
-        decides = route.pixels == "auto" and data.overview(prefix, c) is not None
+        decides = route.pixels == "auto" and data.has_overview(prefix)
         prefill = encoder = 0
         for pixels in PIXELS if decides and route.ran.pixels == "all" else [route.ran.pixels]:
             last = pixels == route.ran.pixels
             sa, stop = (route.ran.sa, c.layers) if last else (c.overview[0], c.pixel_layer)
             ran = self.ran.setdefault((route.shared, route.sa, pixels), [])
             known = max([min([*branch_layers([sa, other]), end]) for other, end in ran], default=0)  # layers
-            seen = len(data.seen(prefix, pixels, c).v_pos)
+            seen = len(prefix.v_pos) if pixels == "all" else data.overview_tokens(c)
             prefill += llm_flops(c, sa, shared, seen, head=False, layers=range(known, stop))
             prefill += llm_flops(c, sa, own, 0, shared, seen, head=last, layers=range(stop))
             prefill += pixel_flops(c, shared + own) if decides and pixels == "overview" else 0

@@ -238,21 +238,24 @@ def overview_tokens(config):
     return config.side ** 2 + 1
 
 
+def has_overview(prompt):
+    """Whether an image's base tile could be shown alone: it is the only image, and not a lone tile anyway."""
+    return len(prompt.images) == 1 and prompt.images[0].tiling.canvas is not None
+
+
 def overview(prompt, config):
     """The same prompt over an image's base tile alone: its tokens and one newline, where the full image had its own.
-
-    None where there is no such thing: without an image, of several, or where the only one is a lone tile anyway.
-    """
-    if len(prompt.images) != 1 or prompt.images[0].tiling.canvas is None:
+    None where it has no overview."""
+    if not has_overview(prompt):
         return None
     image, = prompt.images
     lone = tiling(0, 0, config, single_image=False)._replace(newlines=1, tokens=overview_tokens(config))
     first, dropped = prompt.v_pos[0], image.tiling.tokens - lone.tokens
 
-    def moved(positions):
+    def closer(positions):
         return [p - dropped if p > first else p for p in positions]
-    return Prompt(prompt.ids, moved(prompt.t_pos), list(range(first, first + lone.tokens)), [0] * lone.tokens,
-                  [ProcessedImage(image.pixels[:1], lone)], moved(prompt.answer_starts))
+    return Prompt(prompt.ids, closer(prompt.t_pos), list(range(first, first + lone.tokens)), [0] * lone.tokens,
+                  [ProcessedImage(image.pixels[:1], lone)], closer(prompt.answer_starts))
 
 
 def moved(prompt, by):

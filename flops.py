@@ -255,7 +255,8 @@ def main(argv=None):
     rows = count(c, asked, args.text, vision, tiles, args.answer, args.batch)
     dense = count(c.unpacked(), [every], args.text, dense_vision, dense_tiles, args.answer, args.batch)[0]
     report = {"model": args.model, "tiles": tiles, "overview": overview, "visual_tokens": vision,
-              "dense_visual_tokens": dense_vision, "text_tokens": args.text, "answer_tokens": args.answer, "batch": args.batch, "pack": c.pack,
+              "dense_visual_tokens": dense_vision, "text_tokens": args.text, "answer_tokens": args.answer,
+              "batch": args.batch, "pack": c.pack,
               "parameters": {"llm": llm_parameters(c), "cross_attention": cross_parameters(c)},
               "rows": compare(rows, dense)}
     if c.route_layer:

@@ -28,7 +28,8 @@ SIZES = (60, 40), (30, 50), (200, 40), (33, 32)
 @pytest.fixture(scope="module")
 def model():
     """With a router that sends questions to all of its configurations."""
-    m = tiny.model(layers=12, visor=False).add_cross_attention(viable=[(1,), (1, 4), (1, 4, 7)]).add_router()
+    m = tiny.model(layers=12, visor=False)
+    m.add_cross_attention(viable=[(1,), (1, 4), (1, 4, 7)], overview=()).add_router()
     torch.manual_seed(274)
     for name, p in m.router.named_parameters():
         torch.nn.init.normal_(p)

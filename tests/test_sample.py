@@ -133,7 +133,8 @@ def test_auto_without_a_router_runs_the_full_configuration_and_says_so(place, ca
 
 def test_auto_asks_the_router_for_each_question(place, capsys):
     """Each question its own route, as the model says; an image runs again only where routes differ; a budget."""
-    model = tiny.model(layers=12, visor=False).add_cross_attention(viable=[(1,), (1, 4), (1, 4, 7)]).add_router()
+    model = tiny.model(layers=12, visor=False)
+    model.add_cross_attention(viable=[(1,), (1, 4), (1, 4, 7)], overview=()).add_router()
     for p in model.router.parameters():
         torch.nn.init.normal_(p)
     model.save_pretrained(place / "routed")
