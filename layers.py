@@ -261,10 +261,12 @@ class Connector(nn.Module):
 
 
 class Scores(nn.Module):
-    """An MLP that reads the routing token and gives each choice a score."""
+    """A routing token, one learned embedding that is put after the question, and the MLP that reads it once it has
+    passed some layers: a score for each choice."""
 
     def __init__(self, c, choices):
         super().__init__()
+        self.token = nn.Parameter(torch.randn(c.hidden))   # scaled by VLM.add_router
         self.norm = RMSNorm(c.hidden, c.rms_eps)
         self.up = nn.Linear(c.hidden, c.hidden)
         self.down = nn.Linear(c.hidden, choices)
@@ -275,12 +277,10 @@ class Scores(nn.Module):
 
 
 class Policy(nn.Module):
-    """What a question needs (paper 4.3): the routing token, one learned embedding that is put after the question, and
-    what reads it. `layers` scores the viable configurations once it has passed the layers that they share; `pixels`,
-    where the model is trained for the overview, says behind the first look at it whether that will do."""
+    """What a question needs (paper 4.3). `layers`, behind the layers that all viable configurations share, scores them;
+    `pixels`, where the model is trained for the overview, says behind the first look at it whether that will do."""
 
     def __init__(self, c):
         super().__init__()
-        self.token = nn.Parameter(torch.randn(c.hidden))   # scaled by VLM.add_router
         self.layers = Scores(c, len(c.viable))
         self.pixels = Scores(c, 1) if c.overview else None

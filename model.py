@@ -249,21 +249,21 @@ class VLM(nn.Module):
 
     def route_scores(self, tree, answer_starts):
         """The policy's scores of the viable configurations, (B, K, viable), for up to K questions in each prompt."""
-        return self.router.layers(self.routing_tokens(tree, answer_starts, self.config.route_layer))
+        return self.scores(self.router.layers, tree, answer_starts, self.config.route_layer)
 
     def overview_will_do(self, tree, answer_starts):
         """Whether the router is content with the overview, for each sample of a tree over it. Strict, as no number of
         layers finds what was not looked at: it is, where the probability of each of its questions reaches
         config.pixel_threshold."""
-        scores = self.router.pixels(self.routing_tokens(tree, answer_starts, self.config.pixel_layer))  # (B, K, 1)
+        scores = self.scores(self.router.pixels, tree, answer_starts, self.config.pixel_layer)          # (B, K, 1)
         p = scores.float().sigmoid().amin((1, 2))                                                       # (B,)
         p = p.tolist()
         if not all(map(math.isfinite, p)):
             raise not_finite("the router's output", scores.dtype)
         return [x >= self.config.pixel_threshold for x in p]
 
-    def routing_tokens(self, tree, answer_starts, stop):
-        """The routing tokens as they enter layer `stop`, (B, K, d), for up to K questions in each prompt.
+    def scores(self, reader, tree, answer_starts, stop):
+        """What a layers.Scores says before layer `stop`, (B, K, choices), for up to K questions in each prompt.
 
         Takes the newest segment up to that layer, and routing tokens after it, one where each answer starts: each
         attends to what stands before it, and no other token to it. Samples with fewer questions repeat their last one.
@@ -274,9 +274,9 @@ class VLM(nn.Module):
         most = max(map(len, answer_starts))                    # K
         starts = np.array([list(row) + [row[-1]] * (most - len(row)) for row in answer_starts])  # (B, K)
         layout = make_routing_layout(*newest.positions[:2], newest.past, starts, self.config, self.device,
-                                     compute_dtype(self.router.token))
-        token = self.router.token.expand(*starts.shape, -1)                                      # (B, K, d)
-        return self.language_model.run(token, token[:, :0], layout, shared.sa, 0, stop, shared.cache)[0]
+                                     compute_dtype(reader.token))
+        token = reader.token.expand(*starts.shape, -1)                                           # (B, K, d)
+        return reader(self.language_model.run(token, token[:, :0], layout, shared.sa, 0, stop, shared.cache)[0])
 
     # --- generation ---
 
@@ -410,7 +410,8 @@ class VLM(nn.Module):
         c.router, c.route_threshold = True, threshold
         self.router = Policy(c).to(self.device, self.image_newline.dtype)
         with torch.no_grad():
-            self.router.token *= self.language_model.embed_tokens.weight.std()  # as large as a word's embedding
+            for scores in self.router.children():
+                scores.token *= self.language_model.embed_tokens.weight.std()  # as large as a word's embedding
         return self
 
     def remove_router(self):

@@ -211,23 +211,23 @@ class RouterBatches:
         pixels. All else is frozen: only what the routing token runs through has gradients."""
         prompts, enough, configurations = item
         c, policy = self.model.config, self.model.router
-        scores = policy.layers(self.read(prompts, "all", c.route_layer))                              # (B, viable)
+        scores = self.scores(policy.layers, prompts, "all", c.route_layer)                            # (B, viable)
         yield F.cross_entropy(scores, configurations.to(scores.device), label_smoothing=self.label_smoothing)
         small = [data.overview(p, c) for p in prompts]
         rows = [i for i, p in enumerate(small) if p]
         if policy.pixels is not None and rows:
-            scores = policy.pixels(self.read([small[i] for i in rows], "overview", c.pixel_layer))[:, 0]
+            scores = self.scores(policy.pixels, [small[i] for i in rows], "overview", c.pixel_layer)[:, 0]
             wanted = enough[rows].to(scores) * (1 - self.label_smoothing) + self.label_smoothing / 2  # (rows,)
             yield F.binary_cross_entropy_with_logits(scores, wanted)
 
-    def read(self, prompts, pixels, stop):
-        """The routing tokens (B, d) behind prompts of one question each, as they enter layer `stop`."""
+    def scores(self, reader, prompts, pixels, stop):
+        """What a part of the policy says before layer `stop` of prompts of one question each, (B, choices)."""
         batch = data.collate(prompts)
         with torch.no_grad():  # the prompt, up to there
             tree = self.model.new_tree("auto", len(prompts), batch.ids.shape[1], batch.v_pos.shape[1], pixels)
             self.model.extend(tree, batch)
             tree.shared(stop)
-        return self.model.routing_tokens(tree, batch.answer_starts, stop)[:, 0]
+        return self.model.scores(reader, tree, batch.answer_starts, stop)[:, 0]
 
 
 def conservative_threshold(label_smoothing, n):

@@ -76,7 +76,7 @@ def test_the_loss_and_its_gradient_are_the_plain_ones(files, tmp_path):
         assert len(items) == 12 and any(not x.prompt.images for _, x in items)
         assert any(len(x.prompt.images) > 1 for _, x in items)
         value = 0.0
-        for loss in batches.losses(items, sa, 0):
+        for loss in batches.losses(items, Plan(sa), 0):
             loss.backward()
             value += loss.item()
         ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

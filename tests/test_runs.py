@@ -89,7 +89,7 @@ def test_float16_gets_advice_of_its_own():
 
 def test_a_router_that_is_not_finite_chooses_nothing():
     from data import chatml, encode
-    model = broken_model(math.nan, "router.token")
+    model = broken_model(math.nan, "router.layers.token")
     with pytest.raises(ValueError, match="router's output is not finite"):
         model.generate([encode(chatml(["what?"]), model.tokenizer)], "auto", max_tokens=3)
 
