@@ -392,46 +392,53 @@ def test_the_images_run_once_with_each_kind_of_pixels():
     assert list(rows.values()) == shared.tolist()
 
 
-def kept_turns(m, seed, turns, after=lambda talk, turn: None):
+def kept_turns(m, kinds, seed, after=lambda talk, turn: None):
     """A conversation whose turns are kept, compared turn by turn with one prompt of all that was said so far.
-    after: called with (conversation, the question) when each turn is done. Returns the plans that ran."""
-    rng, taken, routes = random.Random(seed), [], []
+    kinds: the pixels that the router is made to choose. after: called with (conversation, another question) when a
+    turn is done. Returns the plans that ran."""
+    rng, taken, routes, bias = random.Random(seed), [], [], m.router.pixels.down.bias.clone()
     whole = encode(split_shared(chatml([f"{IMAGE}\nx"]))[0], m.tokenizer, [picture(m, rng)])
-    with watched(m) as (tiles, _):
-        talk = Conversation(m, whole, "auto", "auto", text_capacity=16)
-        for _ in range(turns):
-            turn = encode(f"\n{words(rng)}<|im_end|>\n{ANSWER}", m.tokenizer, start=whole.end)
-            answer = talk.answer(turn, keep=True, max_tokens=4, routes=routes)
-            encoded, whole = len(tiles), join(whole, turn)
-            assert answer == m.generate([whole], *routes[0], max_tokens=4)[0]
-            del tiles[encoded:]
-            closed = answer + m.tokenizer.encode("<|im_end|>\n").ids
-            whole = join(whole, Prompt(closed, [whole.end + i for i in range(len(closed))], [], [], []))
-            assert talk.end == whole.end
-            after(talk, encode(f"\n{words(rng)}<|im_end|>\n{ANSWER}", m.tokenizer, start=whole.end))
-            taken += routes
-    assert len(tiles) == max(1 if x.pixels == "overview" else whole.images[0].tiling.tiles for x in taken)
-    return [plan.pixels for plan in taken]
+    talk, encoded = Conversation(m, whole, "auto", "auto", text_capacity=16), 1
+    for kind in kinds:
+        m.router.pixels.down.bias.copy_(bias + (1000 if kind == "overview" else -1000))
+        turn = encode(f"\n{words(rng)}<|im_end|>\n{ANSWER}", m.tokenizer, start=whole.end)
+        with watched(m) as (tiles, _):
+            answer = talk.answer(turn, keep=True, max_tokens=3, routes=routes)
+            after(talk, encode(f"\n{words(rng)}<|im_end|>\n{ANSWER}", m.tokenizer, start=talk.end))
+        encoded, whole = encoded + len(tiles), join(whole, turn)
+        assert routes == [plan_of(m, whole._replace(answer_starts=whole.answer_starts[-1:]))]
+        assert answer == m.generate([whole], *routes[0], max_tokens=3)[0] and routes[0].pixels == kind
+        closed = answer + m.tokenizer.encode("<|im_end|>\n").ids
+        whole = join(whole, Prompt(closed, [whole.end + i for i in range(len(closed))], [], [], []))
+        assert talk.end == whole.end
+        taken += routes
+    m.router.pixels.down.bias.copy_(bias)
+    assert encoded == whole.images[0].tiling.tiles
+    return taken
 
 
-def test_a_conversation_may_change_its_pixels():
-    """What was said while the others answered is run in the cache of those that answer now; tiles are encoded once."""
-    m, changes = model(7), 0
+KINDS = "overview overview all overview all all overview".split()
+
+
+@pytest.fixture(scope="module")
+def talker():
+    m = model(7)
     divide(m, [join(a, b) for seed in range(4) for a, own, _ in [questions_about(m, 4, seed)] for b in own])
-    for seed in range(4):
-        taken = kept_turns(m, 20 + seed, 7)
-        changes += sum(a != b for a, b in zip(taken, taken[1:]))
-    assert changes >= 6
+    return m
+
+
+def test_a_conversation_may_change_its_pixels(talker):
+    """What was said while the others answered is run in the cache of those that answer now; tiles are encoded once."""
+    taken = kept_turns(talker, KINDS, 20) + kept_turns(talker, KINDS[::-1], 21)
+    assert len(set(taken)) >= 4
 
 
 class Interrupted(KeyboardInterrupt):
     pass
 
 
-def test_an_interrupted_answer_leaves_the_conversation_as_it_was():
+def test_an_interrupted_answer_leaves_the_conversation_as_it_was(talker):
     """At its second token: whatever was asked, later turns are as if it had not been."""
-    m = model(7)
-    divide(m, [join(a, b) for seed in range(4) for a, own, _ in [questions_about(m, 4, seed)] for b in own])
     came = []
 
     def interrupt(talk, turn):
@@ -443,9 +450,7 @@ def test_an_interrupted_answer_leaves_the_conversation_as_it_was():
         with pytest.raises(Interrupted):
             talk.answer(turn, keep=True, max_tokens=9, on_token=stop)
         assert talk.end == end
-    for seed in range(2):
-        assert len(set(kept_turns(m, 20 + seed, 6, interrupt))) == 2
-    assert len(came) == 24
+    assert len(set(kept_turns(talker, KINDS, 22, interrupt))) >= 3 and len(came) == 2 * len(KINDS)
 
 
 @pytest.mark.parametrize("at", ["language model", "encoder"])
@@ -489,3 +494,404 @@ def test_interrupted_anywhere_a_conversation_goes_on(at):
     assert total == 1 if at == "encoder" else total > 40
     for k in range(1, total + 1):
         assert ask(k) == wanted, k
+
+
+# --- how sure the router must be ------------------------------------------------------------------------------------
+
+def test_the_threshold_is_strict():
+    """Of several questions in a prompt each must reach it, whichever is the least sure, whoever else is in the batch;
+    the probability itself is the scores' sigmoid."""
+    m = model(8)
+    prompts = prompts_of(m, 3, 9, turns=3) + prompts_of(m, 3, 10, turns=2) + prompts_of(m, 2, 11)
+    divide(m, prompts)
+    shift(m.router.pixels.down, torch.tensor([[min(scores_of(m, p, "all")[0])] for p in prompts]) / 4, 0)
+    p = [[1 / (1 + np.exp(-x)) for x in scores_of(m, prompt, "all")[0]] for prompt in prompts]
+    least = [min(x) for x in p]
+    assert {x.index(min(x)) for x in p if len(x) > 1} >= {0, 1} and sum(max(x) > 2 * min(x) for x in p) >= 3
+    for i, near in product(range(len(prompts)), (-1e-4, 1e-4)):
+        m.config.pixel_threshold, routes = least[i] * (1 + near), []
+        if not 0 < m.config.pixel_threshold < 1:
+            continue
+        m.generate(prompts, "auto", "auto", max_tokens=1, routes=routes)
+        assert [x.pixels == "overview" for x in routes] == [x >= m.config.pixel_threshold for x in least]
+        assert (routes[i].pixels == "overview") == (near < 0)
+    m.config.pixel_threshold = 0.0
+    m.generate(prompts, "auto", "auto", max_tokens=1, routes=routes)
+    assert {x.pixels for x in routes} == {"overview"}
+
+
+def test_a_broken_router_says_so():
+    m = model(8)
+    m.router.pixels.down.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="router's output"):
+        m.generate(prompts_of(m, 2), "auto", "auto")
+
+
+# --- evaluation, labels, training -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("overview", [((1,),), OVERVIEW], ids=str)
+def test_evaluation_of_all_plans_is_that_of_each_alone(overview):
+    """And "route" is the plan that generate takes. Answers are such that some are right, the model's own: it speaks
+    ASCII, and is brief."""
+    m = model(9, overview=overview)
+    names = m.tokenizer.get_vocab()
+    speaks = [i for name, i in names.items() if len(name) == 1 and name.isascii()]
+    head = torch.zeros_like(m.lm_head.weight)
+    head[speaks] = m.lm_head.weight[speaks]
+    head[names["<|im_end|>"]] = 3 * m.lm_head.weight[names["<|im_end|>"]]
+    m.lm_head.weight.copy_(head)
+    rng, eval_set = random.Random(12), []
+    images = [tiny.image(rng.randint(20, 90), rng.randint(20, 90), i) for i in range(6)]
+    prompts = [[(q := words(rng), encode(chatml([place_images(q, 1)]), m.tokenizer, [data.process_image(x, m.config)]))
+                for _ in range(3)] for x in images]
+    divide(m, [p for row in prompts for _, p in row])
+    plans = m.config.plans
+    assert plans == (*[Plan(sa, "overview") for sa in overview], *[Plan(sa, "all") for sa in VIABLE])
+    for image, row in zip(images, prompts):
+        questions = []
+        for k, (q, p) in enumerate(row):
+            answer, = m.generate([p], *rng.choice(plans), max_tokens=6)
+            questions.append((f"task {k}", q, m.tokenizer.decode(answer)))
+        eval_set.append((image, questions))
+    results = all_results(m, eval_set, plans, progress=False)
+    assert len(results) == 18
+    for i, plan in enumerate(plans):
+        for r, alone in zip(results, all_results(m, eval_set, [plan], progress=False)):
+            assert [r[k] for k in ("image", "task", "question")] == [alone[k] for k in ("image", "task", "question")]
+            assert ([r["correct"][i]], [r["prefix_match"][i]]) == (alone["correct"], alone["prefix_match"])
+            assert r["loss"][i] == pytest.approx(alone["loss"][0], abs=2e-3) and "route" not in alone
+    for kind in ("overview", "all"):  # plans do differ, and some answers are right with these pixels
+        own = [i for i, plan in enumerate(plans) if plan.pixels == kind]
+        assert any(r["correct"][i] for r in results for i in own)
+    assert len({tuple(r["loss"]) for r in results}) == 18 and any(len(set(r["correct"])) == 2 for r in results)
+    routes, flat = [], [p for row in prompts for _, p in row]
+    m.generate(flat, "auto", "auto", max_tokens=1, routes=routes)
+    assert [plans[r["route"]] for r in results] == routes and {x.pixels for x in routes} == {"overview", "all"}
+
+
+PLANS = [Plan((), "overview"), Plan((4,), "overview"), Plan(()), Plan((4,)), Plan((4, 7))]
+
+
+def result(task, correct, **more):
+    return {"image": 0, "task": task, "question": f"of {task}", "correct": correct, "prefix_match": correct,
+            "loss": [1.0] * len(correct), **more}
+
+
+def test_labels_say_whether_the_overview_will_do_and_which_layers_if_it_were_not_there():
+    """99 % of what the largest plan over all pixels can do is enough, 98 % is not; the layers are those that are
+    cheapest over all pixels, whatever is said of the pixels."""
+    full = [1, 1, 1, 1, 1]
+    rows = [result("enough", full)] * 99 + [result("enough", [0, 0, 0, 1, 1])]             # 0.99 of it; all hold
+    rows += [result("short", full)] * 98 + [result("short", [0, 0, 0, 1, 1])] * 2          # 0.98
+    rows += [result("other layers", [1, 1, 0, 1, 1])] * 4                                  # over all pixels (4,)
+    rows += [result("second", [0, 1, 0, 0, 1])] * 4                                        # (4,) over the overview
+    rows += [result("hard", [0, 0, 0, 0, 1])] * 3 + [result("hard", [1, 1, 0, 0, 0])]      # 0.25 of 0.75
+    rows += [result("half", [1, 0, 0, 1, 1]), result("half", [0, 0, 0, 0, 0])]             # 0.5 of 0.5
+    wanted = {"enough": (True, ()), "short": (False, (4,)), "other layers": (True, (4,)), "second": (True, (4, 7)),
+              "hard": (False, (4, 7)), "half": (True, (4,))}
+    labels = router.pseudo_labels(PLANS, rows)
+    assert [(image, q) for image, q, *_ in labels] == [(0, r["question"]) for r in rows]
+    assert {q[3:]: rest for _, q, *rest in labels} == {task: list(x) for task, x in wanted.items()}
+    assert {q[3:] for _, q, *_ in router.pseudo_labels(PLANS, rows, leave_out=["hard", "half"])} == {*wanted} - {
+        "hard", "half"}
+    best = router.labels_by_task(PLANS, rows)
+    assert (best["enough"], best["second"], best["short"]) == (0, 1, 3)
+    assert router.labels_by_task(PLANS, rows, keep=0.98)["short"] == 0
+
+
+def test_labels_by_sample():
+    """Of each question alone: the overview will do where no plan over all pixels matches more of the answer."""
+    for prefix_match, wanted in (([2, 1, 2, 2, 2], (True, ())), ([1, 1, 1, 1, 2], (False, (4, 7))),
+                                 ([1, 2, 1, 2, 2], (True, (4,))), ([3, 1, 1, 2, 2], (True, (4,)))):
+        (_, _, *label), = router.pseudo_labels(PLANS, [result("a", [0] * 5, prefix_match=prefix_match)], per="sample")
+        assert tuple(label) == wanted
+
+
+def test_stage_3_learns_which_words_ask_for_all_pixels():
+    """From questions about shades, for which the overview will do, and others; nothing but the router changes."""
+    m = fresh(1).add_cross_attention(world.CA, world.SA, world.VIABLE, world.OVERVIEW).eval()
+    torch.manual_seed(0)
+    m.add_router().requires_grad_(False)
+    m.router.requires_grad_(True)
+    before = {n: p.clone() for n, p in m.named_parameters()}
+    eval_set = world.eval_set(0, 10, world.TRAIN)
+    targets = [(i, q, world.TASKS[task].level < 0, m.config.viable[max(0, world.TASKS[task].level)])
+               for i, (_, questions) in enumerate(eval_set) for task, q, _ in questions]
+    batches = router.RouterBatches(m, eval_set, targets, 0, 32)
+    opt = torch.optim.AdamW(m.router.parameters(), 0.005)
+    for step in range(60):
+        losses = list(batches.losses(batches[step], None, step))
+        assert len(losses) == 2
+        sum(losses).backward()
+        opt.step()
+        opt.zero_grad()
+    after = dict(m.named_parameters())
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved == {n for n in before if n.startswith("router.")}
+    prompts, enough, _ = router.RouterBatches(m, eval_set, targets, 1, 64)[0]
+    small = [data.overview(p, m.config) for p in prompts]
+    m.config.pixel_threshold = 0.5
+    with torch.no_grad():
+        tree = m.prefill(small, "auto", pixels="overview")
+        content = m.overview_will_do(tree, [p.answer_starts for p in small])
+    assert 10 < enough.sum() < 54 and np.mean(np.array(content) == enough.numpy()) > 0.95
+
+
+def test_the_losses_are_the_cross_entropies_of_both_heads(divided):
+    """Worked out from routing tokens without a cache, with label smoothing and without."""
+    m, prompts = divided
+    prompts, c = prompts[:4], m.config
+    enough, numbers = torch.tensor([True, False, False, True]), torch.tensor([0, 4, 2, 1])
+    pixels = torch.tensor([scores_of(m, p, "all")[0][0] for p in prompts]).double()
+    layers = torch.stack([scores_of(m, p, "all")[1][0] for p in prompts])
+    for smoothing in (0.0, 0.1):
+        batches = router.RouterBatches(m, [], [], 0, label_smoothing=smoothing)
+        of_layers, of_pixels = batches.losses((prompts, enough, numbers), None, 0)
+        wanted = enough.double() * (1 - smoothing) + smoothing / 2
+        by_hand = -(wanted * F.logsigmoid(pixels) + (1 - wanted) * F.logsigmoid(-pixels)).mean()
+        assert of_pixels.item() == pytest.approx(by_hand.item(), rel=1e-3)
+        by_hand = F.cross_entropy(layers, numbers, label_smoothing=smoothing)
+        assert of_layers.item() == pytest.approx(by_hand.item(), rel=1e-3)
+    assert len(list(batches.losses((prompts_of(m, 2, images=0), enough[:2], numbers[:2]), None, 0))) == 1
+    assert c.overview
+
+
+# --- what it costs --------------------------------------------------------------------------------------------------
+
+def tree_over(m, prompt):
+    """A cache over the overview with this prompt in it, up to the pixel layer."""
+    batch = collate([data.overview(prompt, m.config)])
+    tree = m.new_tree("auto", 1, batch.ids.shape[1], batch.v_pos.shape[1], "overview")
+    m.extend(tree, batch)
+    return tree, batch.answer_starts
+
+
+@pytest.mark.parametrize("changes", [{}, {"pack": 4.0}], ids=str)
+def test_pixel_flops_are_those_that_torch_counts(changes):
+    m = model(11, **changes)
+    for p in prompts_of(m, 3, 14):
+        says = flops.pixel_flops(m.config, len(p.ids))
+        assert says == pytest.approx(counted(m.overview_will_do, *tree_over(m, p)), rel=0.005)
+
+
+@pytest.mark.parametrize("overview", [((1,),), OVERVIEW], ids=str)
+def test_costs_of_a_conversation(overview):
+    """Overview, all, overview, all: each step's sum by hand from what runs; and what torch counts when it runs."""
+    m = model(12, overview=overview)
+    prefix, own, whole = questions_about(m, 12, 15)
+    divide(m, whole)
+    c, plans, n = m.config, [plan_of(m, p) for p in whole], len(prefix.ids)
+    kinds = {kind: [i for i, x in enumerate(plans) if x.pixels == kind] for kind in ("overview", "all")}
+    order = [i for pair in zip(kinds["overview"], kinds["all"]) for i in pair][:4]
+    tiles, vision, small = prefix.images[0].tiling.tiles, len(prefix.v_pos), data.overview_tokens(c)
+    costs, ran = Costs(c, prefix.images, vision), {"overview": [], "all": []}
+    talk, run, encoded, spent, dense = Conversation, flops.llm_flops, 0, [0, 0], [0, 0]
+    every = tuple(range(12))
+    for k, i in enumerate(order):
+        sa, kind = plans[i]
+        seen, more, questions = small if kind == "overview" else vision, len(own[i].ids), len(overview) > 1
+        llm = flops.pixel_flops(c, n + more)
+        if kind == "all":  # the overview was there already; the question ran up to the pixel layer
+            llm += run(c, overview[0], more, 0, n, small, head=False, layers=range(c.pixel_layer))
+        if kind == "all" or questions:
+            llm += flops.router_flops(c, n + more, seen)
+        new = set(range(12))  # layers in which what they share has not run yet
+        if kind == "overview" and k == 0 or kind == "all" and k == 1:
+            pass
+        for other in ran[kind]:
+            differ = [l for l in range(12) if (l in sa) != (l in other)]
+            new -= set(range(min(differ, default=12)))
+        llm += run(c, sa, n, seen, head=False, layers=sorted(new))
+        llm += run(c, sa, more, 0, n, seen) + run(c, sa, 1, 0, n + more, seen) + run(c, sa, 1, 0, n + more + 1, seen)
+        ran[kind].append(sa)
+        left = 0 if k > 1 else 1 if k == 0 else tiles - 1
+        encoder = flops.tower_flops(c, left) + flops.connector_flops(c, left)
+        alone = run(c, every, n, vision, head=False) * (k == 0) + run(c, every, more, 0, n, vision)
+        steps = sum(run(c, every, 1, 0, n + more + j, vision) for j in (0, 1))
+        tower = (flops.tower_flops(c, tiles) + flops.connector_flops(c, tiles)) * (k == 0)
+        found = costs.add(Route("x", "auto", "auto", plans[i]), prefix, own[i], 3)
+        assert (found["encoder"], found["llm"], found["llm_dense"]) == (encoder, llm, alone + steps)
+        answer = run(c, sa, 1, 0, n + more, seen) + run(c, sa, 1, 0, n + more + 1, seen)
+        spent = [spent[0] + llm, spent[1] + llm - answer + encoder]
+        dense = [dense[0] + alone + steps, dense[1] + alone + tower]
+        assert found["saving"] == round(dense[0] / spent[0], 3)
+        assert found["first_token_saving"] == round(dense[1] / spent[1], 3)
+    assert [plans[i].pixels for i in order] == ["overview", "all"] * 2
+
+    def conversation():
+        talk = Conversation(m, prefix, "auto", "auto")
+        for i in order:
+            talk.answer(own[i], max_tokens=1)
+    first = Costs(c, prefix.images, vision)
+    for i in order:
+        first.add(Route("x", "auto", "auto", plans[i]), prefix, own[i], 1)
+    square = {kind: halves(c, (1,), n, seen) for kind, seen in (("overview", small), ("all", vision))}
+    torch_says = counted(conversation)
+    assert torch_says - 2.5 * sum(square.values()) < first.total["first"] < torch_says
+    assert first.total["first"] == pytest.approx(torch_says - sum(square.values()), rel=0.02)
+
+
+@pytest.mark.parametrize("overview", [((1,),), OVERVIEW], ids=str)
+def test_a_report_counts_what_the_router_costs(overview):
+    """Over the overview the decision on the pixels, and on the layers where there is a choice; over all pixels both,
+    and the prompt over the overview up to the pixel layer."""
+    c = model(overview=overview).config
+    table = report.Report(c, {}, 40, (90, 70))
+    tokens, small = data.tiling(90, 70, c).tokens, data.overview_tokens(c)
+    decide, choice = flops.pixel_flops(c, 40), (len(overview) > 1) * flops.router_flops(c, 40, small)
+    assert table.router_flops(Plan((1,), "overview")) == decide + choice
+    looked = flops.llm_flops(c, (1,), 40, small, head=False, layers=range(c.pixel_layer))
+    assert table.router_flops(Plan((1, 4))) == decide + looked + flops.router_flops(c, 40, tokens)
+    assert table.cost[Plan((1,), "overview")] == flops.llm_flops(c, (1,), 40, small)
+    assert table.encoder["overview"] == flops.tower_flops(c, 1) + flops.connector_flops(c, 1)
+
+
+# --- files and the command line -------------------------------------------------------------------------------------
+
+def test_plans_in_config_json(tmp_path):
+    m = model(13)
+    m.config.pixel_threshold = 0.75
+    m.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert {"sa": [1, 4], "pixels": "overview"} in raw["viable"] and "overview" not in raw and len(raw["viable"]) == 7
+    c = read_config(tmp_path)
+    assert (c.viable, c.overview, c.plans, c.pixel_threshold) == (VIABLE, OVERVIEW, m.config.plans, 0.75)
+    again, prompts, routes = VLM.from_pretrained(tmp_path), prompts_of(m, 6, 16), ([], [])
+    divide(m, prompts)
+    m.save_pretrained(tmp_path)
+    again = VLM.from_pretrained(tmp_path)
+    answers = [x.generate(prompts, "auto", "auto", max_tokens=3, routes=r) for x, r in zip((m, again), routes)]
+    assert answers[0] == answers[1] and routes[0] == routes[1] and {x.pixels for x in routes[0]} == {"overview", "all"}
+
+
+BAD_PLANS = [{"sa": [1, 4], "pixels": "some"}, {"sa": [1, 4], "pixels": None}, {"pixels": "all"}, {"sa": [1, 4]}, [1, 4],
+             {"sa": [1, 4, 7, 10], "pixels": "overview", "x": 1}, {"sa": [4], "pixels": "overview"}, 3, None,
+             {"sa": 4, "pixels": "all"}, {"sa": [4, 1], "pixels": "all"}, {"sa": [1], "pixels": ["all"]},
+             {"sa": [1], "pixels": "all"}, {"sa": [2], "pixels": "overview"}, {"sa": [99], "pixels": "all"}]
+
+
+@pytest.mark.parametrize("bad", BAD_PLANS, ids=str)
+def test_bad_plans_are_one_line(bad, tmp_path):
+    path = tmp_path / "config.json"
+    raw = json.loads(model().config.to_json())
+    path.write_text(json.dumps({**raw, "viable": [*raw["viable"], bad]}))
+    with pytest.raises(ValueError) as e:
+        read_config(tmp_path)
+    line = str(e.value)
+    assert line.startswith(str(path)) and "\n" not in line and ("viable" in line or "overview" in line)
+
+
+def test_what_a_config_may_say_of_the_overview():
+    settings = dict(layers=12, ca=(2, 5), sa=(1, 4, 7), viable=((1,), (1, 4)))
+    with pytest.raises(ValueError, match="overview.*viable"):
+        Config(**settings, overview=((1, 7),))
+    with pytest.raises(ValueError, match="pixel_threshold"):
+        Config(pixel_threshold=1.5)
+    assert Config(**settings).pixel_layer is None and Config(**settings).plans == (Plan((1,)), Plan((1, 4)))
+    assert Config(**settings, overview=((1,),)).pixel_layer == 2
+    assert Config(layers=12, ca=(0, 5), sa=(4, 7), viable=((), (4,)), overview=((),)).pixel_layer == 1
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Checkpoints with a pixel head, without, and without a router; an image, and questions about it."""
+    d = tmp_path_factory.mktemp("pixels")
+    m = model(14)
+    tiny.image(60, 90).save(d / "a.png")
+    image, rng = data.process_image(Image.open(d / "a.png"), m.config), random.Random(17)
+    questions = [words(rng).strip() + "?" for _ in range(6)]
+    prompts = [encode(chatml([place_images(q, 1)]), m.tokenizer, [image]) for q in questions]
+    divide(m, prompts)
+    m.save_pretrained(d / "model")
+    model(14, overview=()).save_pretrained(d / "plain")
+    m2 = VLM.from_pretrained(d / "model").remove_router()
+    m2.save_pretrained(d / "unrouted")
+    tiny.model(visor=False).save_pretrained(d / "dense")
+    return d, m, questions, prompts
+
+
+def call(capsys, *words):
+    """(exit status, stdout, stderr) of sample.py with these words, in this process."""
+    try:
+        sample.run(lambda: sample.main([str(w) for w in words]))
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("pixels", [None, "auto", "overview", "all"])
+def test_the_command_line(place, capsys, pixels):
+    """JSON says which pixels a question was answered from; by default the router chooses."""
+    d, m, questions, prompts = place
+    asked = [w for q in questions for w in ("--q", q)] + (["--pixels", pixels] if pixels else [])
+    status, out, err = call(capsys, "--model", d / "model", "--image", d / "a.png", "--json", "--max-tokens", 3, *asked)
+    assert status == 0, err
+    rows, plans = [json.loads(line) for line in out.splitlines()], []
+    answers = m.generate(prompts, "auto", pixels or "auto", max_tokens=3, routes=plans)
+    assert [r["tokens"] for r in rows] == answers
+    assert [(tuple(r["sa"]), r["pixels"], r["routed"]) for r in rows] == [(*plan, True) for plan in plans]
+    assert {x.pixels for x in plans} == ({"overview", "all"} if pixels in (None, "auto") else {pixels})
+    assert [r["vision_tokens"] for r in rows] == [17 if x.pixels == "overview" else len(prompts[0].v_pos) for x in plans]
+    assert ("over the overview" in err) == (pixels != "all") and sum(r["flops"]["encoder"] for r in rows) == sum(
+        f(m.config, 1 if pixels == "overview" else prompts[0].images[0].tiling.tiles)
+        for f in (flops.tower_flops, flops.connector_flops))
+
+
+@pytest.mark.parametrize("pixels", ["auto", "overview", "all"])
+def test_questions_in_a_file(place, capsys, pixels):
+    """--batch says the same of each as --q asked alone, but seconds."""
+    d, m, questions, prompts = place
+    file, plans = d / "questions.jsonl", []
+    file.write_text("".join(json.dumps({"image": "a.png", "question": q}) + "\n" for q in questions))
+    status, out, err = call(capsys, "--model", d / "model", "--batch", file, "--max-tokens", 3, "--pixels", pixels)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0, (err, out)
+    answers = m.generate(prompts, "auto", pixels, max_tokens=3, routes=plans)
+    assert [r["tokens"] for r in rows] == answers and [(tuple(r["sa"]), r["pixels"]) for r in rows] == plans
+    alone = json.loads(call(capsys, "--model", d / "model", "--image", d / "a.png", "--json", "--max-tokens", 3, "--q",
+                            questions[0], "--pixels", pixels)[1])
+    assert rows[0]["flops"] == alone["flops"] and rows[0]["vision_tokens"] == alone["vision_tokens"]
+
+
+@pytest.mark.parametrize("name, words, message", [
+    ("model", ["--pixels", "auto", "--sa", "1,4"], "--pixels auto"), ("plain", ["--pixels", "auto"], "--pixels auto"),
+    ("unrouted", ["--pixels", "auto"], "--pixels auto"), ("dense", ["--pixels", "auto"], "--pixels auto"),
+    ("model", ["--pixels", "some"], "--pixels"), ("plain", ["--pixels", "overview"], "overview")])
+def test_pixels_that_cannot_be_are_one_line(place, capsys, name, words, message):
+    status, out, err = call(capsys, "--model", place[0] / name, "--image", place[0] / "a.png", "--q", "x?", *words)
+    assert status == 2 and not out
+    assert message in err.splitlines()[-1] and sum("error" in line for line in err.splitlines()) == 1
+
+
+def test_pixels_with_layers_named_and_where_there_is_no_overview(place, capsys):
+    """Over the overview in any layers, of any checkpoint; text alone and two images are as they are."""
+    d, m, questions, prompts = place
+    words = ["--json", "--max-tokens", 3, "--q", questions[0]]
+    for name, sa in (("model", "1,7"), ("plain", "none"), ("unrouted", "1,4")):
+        own = VLM.from_pretrained(d / name)
+        _, out, _ = call(capsys, "--model", d / name, "--image", d / "a.png", "--pixels", "overview", "--sa", sa, *words)
+        row = json.loads(out)
+        wanted = own.generate([data.overview(prompts[0], own.config)], own.config.configuration(sa), max_tokens=3)
+        assert [row["tokens"]] == wanted and (row["pixels"], row["vision_tokens"]) == ("overview", 17)
+    for images, tokens in (([], 0), (["--image", d / "a.png", d / "a.png"], 34)):
+        for pixels in ("auto", "overview"):
+            row = json.loads(call(capsys, "--model", d / "model", *images, "--pixels", pixels, *words)[1])
+            assert (row["pixels"], row["vision_tokens"]) == ("all", tokens)
+
+
+# --- what the answer looked at --------------------------------------------------------------------------------------
+
+def test_attention_over_the_overview(place, capsys):
+    """Weights for its tokens alone, and those of an image of one tile; the page is drawn."""
+    d, m, questions, prompts = place
+    small, c = data.overview(prompts[0], m.config), m.config
+    found = explain.attention_to_images(m, small, [40, 50], (1, 4))
+    assert set(found) == {1, 4, 2, 5, 8, 11} and all(w.shape == (17,) for w in found.values())
+    assert all(abs(found[l].sum() - 1) < 1e-4 for l in (2, 5, 8, 11)) and all(0 < found[l].sum() < 1 for l in (1, 4))
+    large = explain.attention_to_images(m, prompts[0], [40, 50], (1, 4))
+    assert all(w.shape == (len(prompts[0].v_pos),) for w in large.values()) and data.overview_tokens(c) == 17
+    status, _, err = call(capsys, "--model", d / "model", "--image", d / "a.png", "--q", questions[0], "--pixels",
+                          "overview", "--explain", d / "x.png", "--max-tokens", 3)
+    assert status == 0, err
+    assert (d / "x.png").stat().st_size > 10000
