@@ -53,9 +53,9 @@ class CacheTree:
         """Adds a segment, and runs it through the layers that all configurations share.
         t (B, Nt, d), v (B, Nv, d) as they enter layer 0; positions: t_pos, v_pos, v_img."""
         layout = make_layout(*positions, self.past, self.language_model.config, t.device, compute_dtype(t))
+        self.run_node(self.root, t, v, layout)  # first: if it is interrupted, all is as it was
         self.segments.append(Segment(positions, self.past, layout))
         self.past = self.past.extend(*positions[:2])
-        self.run_node(self.root, t, v, layout)
 
     def run_node(self, node, t, v, layout):
         """Takes a segment through the layers of a node."""
