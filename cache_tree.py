@@ -19,9 +19,9 @@ class Segment(NamedTuple):
 class Node:
     """A stretch of layers that all configurations of a group run alike: its caches, and what left its last layer."""
 
-    def __init__(self, group, start, cache, c, capacity, pause=None):
+    def __init__(self, group, start, cache, c, capacity, pauses=()):
         self.group = group
-        ends = branch_layers(group) | {l for l in [pause] if l is not None and l > start}
+        ends = branch_layers(group) | {l for l in pauses if l > start}
         self.start, self.stop = start, min(ends, default=c.layers)
         # They agree on these layers; the one that reads vision longest also refines it for the others
         self.sa = max(group, key=lambda sa: c.vision_readers(sa)[1])
@@ -41,12 +41,12 @@ class CacheTree:
     (truncate) need no clearing: their cache positions are written again.
     """
 
-    def __init__(self, language_model, configurations, batch, capacity, pause=None):
-        """configurations: those that may be asked for. capacity: text and visual tokens of a sample to reserve. pause:
-        a layer before which the root ends, although all may agree on more."""
+    def __init__(self, language_model, configurations, batch, capacity, pauses=()):
+        """configurations: those that may be asked for. capacity: text and visual tokens of a sample to reserve. pauses:
+        layers before which nodes end, although all may agree on more."""
         self.language_model, self.configurations, self.capacity = language_model, configurations, capacity
-        self.pause, c = pause, language_model.config
-        self.root = Node(configurations, 0, [], c, capacity, pause)
+        self.pauses, c = pauses, language_model.config
+        self.root = Node(configurations, 0, [], c, capacity, pauses)
         self.segments, self.past = [], Past.empty(batch)
 
     def extend(self, t, v, positions):
@@ -77,7 +77,8 @@ class CacheTree:
         """The node that goes on from a parent on one side, with all that has come in run."""
         if side not in parent.children:
             group = [own for own in parent.group if (parent.stop in own) == side]
-            parent.children[side] = Node(group, parent.stop, parent.cache, self.language_model.config, self.capacity)
+            c = self.language_model.config
+            parent.children[side] = Node(group, parent.stop, parent.cache, c, self.capacity, self.pauses)
         node = parent.children[side]
         for i in range(len(node.outputs), len(self.segments)):
             self.run_node(node, *parent.outputs[i], self.segments[i].layout)
@@ -105,7 +106,7 @@ class CacheTree:
 
     def select(self, rows):
         """A tree for some samples of the batch, with copies of what all configurations share."""
-        new = CacheTree(self.language_model, self.configurations, len(rows), self.capacity, self.pause)
+        new = CacheTree(self.language_model, self.configurations, len(rows), self.capacity, self.pauses)
         like, _ = self.root.outputs[0]
         for positions, *_ in self.segments:
             positions = tuple(x[rows] for x in positions)

@@ -281,11 +281,11 @@ class VLM(nn.Module):
     # --- generation ---
 
     def new_tree(self, sa, batch, text, vision, pixels="all"):
-        """An empty CacheTree for `text` and `vision` tokens a sample. sa: as in `configurations`. Over the overview its
-        root ends where the router decides on the pixels."""
-        pause = self.config.pixel_layer if pixels == "overview" and self.router else None
-        capacity = round_up(text), vision  # text grows
-        return CacheTree(self.language_model, self.configurations(sa, pixels), batch, capacity, pause)
+        """An empty CacheTree for `text` and `vision` tokens a sample. sa: as in `configurations`. Over the overview
+        nodes end where the router decides on the pixels, and on the layers."""
+        c, capacity = self.config, (round_up(text), vision)  # text grows
+        pauses = [c.pixel_layer, c.route_layer] if pixels == "overview" and self.router and c.overview else []
+        return CacheTree(self.language_model, self.configurations(sa, pixels), batch, capacity, pauses)
 
     def extend(self, tree, batch, timings=None, known=None):
         """Adds a data.Batch to a tree, and runs it through the layers that all of its configurations share."""
