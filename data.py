@@ -246,13 +246,14 @@ def overview(prompt, config):
     if len(prompt.images) != 1 or prompt.images[0].tiling.canvas is None:
         return None
     image, = prompt.images
+    base = None if image.pixels is None else image.pixels[:1]  # None: answers.py has forgotten them
     lone = tiling(0, 0, config, single_image=False)._replace(newlines=1, tokens=overview_tokens(config))
     first, dropped = prompt.v_pos[0], image.tiling.tokens - lone.tokens
 
     def moved(positions):
         return [p - dropped if p > first else p for p in positions]
     return Prompt(prompt.ids, moved(prompt.t_pos), list(range(first, first + lone.tokens)), [0] * lone.tokens,
-                  [ProcessedImage(image.pixels[:1], lone)], moved(prompt.answer_starts))
+                  [ProcessedImage(base, lone)], moved(prompt.answer_starts))
 
 
 def moved(prompt, by):
