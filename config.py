@@ -114,6 +114,12 @@ class Config:
         """Those that the model is trained for, with these pixels."""
         return self.viable if pixels == "all" else self.overview
 
+    def allowed_pixels(self, pixels, allowed):
+        """The pixels that may be chosen, where `allowed` are the configurations that may be (None: all): "auto" is
+        "all" where none of them is trained for the overview."""
+        none = allowed is not None and not set(map(tuple, allowed)) & set(self.overview)
+        return "all" if pixels == "auto" and none else pixels
+
     @property
     def route_layer(self):
         """The first layer in which viable configurations differ: the router decides before it (4.3). None without."""

@@ -232,6 +232,8 @@ class VLM(nn.Module):
         the most expensive. So for each question; of several questions in a prompt the most expensive choice runs.
         answer_starts: of the data.Batch that is the tree's newest segment. allowed: those to choose among."""
         c, may = self.config, [own for own in tree.configurations if allowed is None or own in allowed]
+        if not may:
+            raise ValueError("none of the configurations that may be chosen is trained for these pixels")
         if len(tree.configurations) == 1:  # nothing to choose
             return may * len(answer_starts)
         scores = self.route_scores(tree, answer_starts)                                         # (B, K, viable)
@@ -256,8 +258,7 @@ class VLM(nn.Module):
         layers finds what was not looked at: it is, where the probability of each of its questions reaches
         config.pixel_threshold."""
         scores = self.router.pixels(self.routing_tokens(tree, answer_starts, self.config.pixel_layer))  # (B, K, 1)
-        p = scores.float().sigmoid().amin((1, 2))                                                       # (B,)
-        p = p.tolist()
+        p = scores.float().sigmoid().amin((1, 2)).tolist()                                              # (B,)
         if not all(map(math.isfinite, p)):
             raise not_finite("the router's output", scores.dtype)
         return [x >= self.config.pixel_threshold for x in p]
@@ -304,6 +305,7 @@ class VLM(nn.Module):
         if isinstance(sa, list) and len(sa) != len(prompts):
             raise ValueError(f"{len(sa)} configurations for {len(prompts)} prompts: give one each")
         answers, plans = [None] * len(prompts), [None] * len(prompts)
+        pixels = self.config.allowed_pixels(pixels, how.get("allowed"))
         for rows, kind, seen, tree in self.look(prompts, sa, pixels, max_tokens, timings):
             own = [sa[i] for i in rows] if isinstance(sa, list) else sa
             emit = on_token and (lambda i, token, rows=rows: on_token(rows[i], token))
