@@ -27,7 +27,7 @@ from families import read_config
 from layout import Past, make_layout
 from model import VLM
 from tests import tiny
-from tests.test_flops import counted, halves
+from tests.test_flops import counted
 from tests.test_toy_training import fresh
 from toy import world
 
@@ -91,7 +91,7 @@ def scores_of(m, prompt, pixels):
 def plan_of(m, prompt):
     """By hand, of a prompt of one question: the plan that the router chooses (route_threshold 1: the likeliest)."""
     enough, _ = scores_of(m, prompt, "all")
-    content = bool(enough) and 1 / (1 + np.exp(-min(enough))) >= m.config.pixel_threshold
+    content = bool(enough) and torch.tensor(min(enough)).sigmoid() >= m.config.pixel_threshold
     pixels = "overview" if content else "all"
     own, (scores,) = m.config.configurations(pixels), scores_of(m, prompt, pixels)[1]
     return Plan(max(own, key=lambda sa: scores[m.config.viable.index(sa)].item()), pixels)
@@ -316,6 +316,22 @@ def test_in_a_batch_each_tile_is_encoded_once(divided):
     assert len(tiles) == 1 and list(rows.values()) == tokens_of(m.config, (1,), len(prompts[0].ids), 17).tolist()
 
 
+def test_a_batch_that_parts_runs_nothing_twice():
+    """Prompts of one length, routed over the overview in two configurations that part behind the pixel layer: each
+    layer takes each token once, and two routing tokens of each prompt."""
+    m, rng = model(10), random.Random(13)
+    c, images = m.config, [data.process_image(tiny.image(60, 90, i), m.config) for i in range(6)]
+    prompts = [encode(chatml([f"{IMAGE}\n" + "".join(rng.choices(LETTERS, k=9))]), m.tokenizer, [x]) for x in images]
+    divide(m, prompts)
+    for kind, vision in (("all", len(prompts[0].v_pos)), ("overview", 17)):
+        routes = []
+        with watched(m) as (_, rows):
+            m.generate(prompts, "auto", kind, max_tokens=1, routes=routes)
+        assert len({x.sa for x in routes}) >= 2
+        wanted = sum(tokens_of(c, x.sa, len(prompts[0].ids), vision) for x in routes) + 6 * before(c, c.route_layer)
+        assert list(rows.values()) == wanted.tolist(), kind
+
+
 def test_known_features_are_those_of_the_tiles(divided):
     m, prompts = divided
     images = [p.images[0] for p in prompts[:4]]
@@ -468,7 +484,7 @@ def test_interrupted_anywhere_a_conversation_goes_on(at):
         module, and asked again. Returns its answer."""
         m.router.pixels.down.bias.copy_(bias)
         talk, routes = Conversation(m, prefix, "auto", "auto"), []
-        talk.answer(own[small], keep=True, max_tokens=3, routes=routes)
+        talk.answer(own[small], keep=True, max_tokens=1, routes=routes)
         m.router.pixels.down.bias.sub_(100)
         question = encode(split_shared(chatml([f"{IMAGE}\nb c"]))[1], m.tokenizer, start=talk.end)
         calls[:] = []
@@ -482,8 +498,8 @@ def test_interrupted_anywhere_a_conversation_goes_on(at):
         try:
             if stop_at:
                 with pytest.raises(Interrupted):
-                    talk.answer(question, max_tokens=3)
-            answer = talk.answer(question, max_tokens=3, routes=(second := []))
+                    talk.answer(question, max_tokens=1)
+            answer = talk.answer(question, max_tokens=2, routes=(second := []))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -492,7 +508,7 @@ def test_interrupted_anywhere_a_conversation_goes_on(at):
     wanted = ask()
     total = len(calls)
     assert total == 1 if at == "encoder" else total > 40
-    for k in range(1, total + 1):
+    for k in range(1, total + 1, 3):
         assert ask(k) == wanted, k
 
 
@@ -508,10 +524,8 @@ def test_the_threshold_is_strict():
     p = [[1 / (1 + np.exp(-x)) for x in scores_of(m, prompt, "all")[0]] for prompt in prompts]
     least = [min(x) for x in p]
     assert {x.index(min(x)) for x in p if len(x) > 1} >= {0, 1} and sum(max(x) > 2 * min(x) for x in p) >= 3
-    for i, near in product(range(len(prompts)), (-1e-4, 1e-4)):
+    for i, near in product(range(0, len(prompts), 2), (-1e-4, 1e-4)):
         m.config.pixel_threshold, routes = least[i] * (1 + near), []
-        if not 0 < m.config.pixel_threshold < 1:
-            continue
         m.generate(prompts, "auto", "auto", max_tokens=1, routes=routes)
         assert [x.pixels == "overview" for x in routes] == [x >= m.config.pixel_threshold for x in least]
         assert (routes[i].pixels == "overview") == (near < 0)
@@ -535,13 +549,11 @@ def test_evaluation_of_all_plans_is_that_of_each_alone(overview):
     ASCII, and is brief."""
     m = model(9, overview=overview)
     names = m.tokenizer.get_vocab()
-    speaks = [i for name, i in names.items() if len(name) == 1 and name.isascii()]
-    head = torch.zeros_like(m.lm_head.weight)
-    head[speaks] = m.lm_head.weight[speaks]
-    head[names["<|im_end|>"]] = 3 * m.lm_head.weight[names["<|im_end|>"]]
-    m.lm_head.weight.copy_(head)
+    silent = [i for name, i in names.items() if not name.isascii() or len(name) > 1]
+    m.lm_head.weight[silent] = 0
+    m.lm_head.weight[names["<|im_end|>"]] = 6 * torch.randn(64)
     rng, eval_set = random.Random(12), []
-    images = [tiny.image(rng.randint(20, 90), rng.randint(20, 90), i) for i in range(6)]
+    images = [tiny.image(rng.randint(20, 90), rng.randint(20, 90), i) for i in range(4)]
     prompts = [[(q := words(rng), encode(chatml([place_images(q, 1)]), m.tokenizer, [data.process_image(x, m.config)]))
                 for _ in range(3)] for x in images]
     divide(m, [p for row in prompts for _, p in row])
@@ -550,11 +562,11 @@ def test_evaluation_of_all_plans_is_that_of_each_alone(overview):
     for image, row in zip(images, prompts):
         questions = []
         for k, (q, p) in enumerate(row):
-            answer, = m.generate([p], *rng.choice(plans), max_tokens=6)
+            answer, = m.generate([p], *plans[(5 * k + len(eval_set)) % len(plans)], max_tokens=6)
             questions.append((f"task {k}", q, m.tokenizer.decode(answer)))
         eval_set.append((image, questions))
     results = all_results(m, eval_set, plans, progress=False)
-    assert len(results) == 18
+    assert len(results) == 12
     for i, plan in enumerate(plans):
         for r, alone in zip(results, all_results(m, eval_set, [plan], progress=False)):
             assert [r[k] for k in ("image", "task", "question")] == [alone[k] for k in ("image", "task", "question")]
@@ -563,7 +575,7 @@ def test_evaluation_of_all_plans_is_that_of_each_alone(overview):
     for kind in ("overview", "all"):  # plans do differ, and some answers are right with these pixels
         own = [i for i, plan in enumerate(plans) if plan.pixels == kind]
         assert any(r["correct"][i] for r in results for i in own)
-    assert len({tuple(r["loss"]) for r in results}) == 18 and any(len(set(r["correct"])) == 2 for r in results)
+    assert len({tuple(r["loss"]) for r in results}) == 12 and any(len(set(r["correct"])) == 2 for r in results)
     routes, flat = [], [p for row in prompts for _, p in row]
     m.generate(flat, "auto", "auto", max_tokens=1, routes=routes)
     assert [plans[r["route"]] for r in results] == routes and {x.pixels for x in routes} == {"overview", "all"}
@@ -614,12 +626,12 @@ def test_stage_3_learns_which_words_ask_for_all_pixels():
     m.add_router().requires_grad_(False)
     m.router.requires_grad_(True)
     before = {n: p.clone() for n, p in m.named_parameters()}
-    eval_set = world.eval_set(0, 10, world.TRAIN)
+    eval_set = world.eval_set(0, 8, world.TRAIN)
     targets = [(i, q, world.TASKS[task].level < 0, m.config.viable[max(0, world.TASKS[task].level)])
                for i, (_, questions) in enumerate(eval_set) for task, q, _ in questions]
-    batches = router.RouterBatches(m, eval_set, targets, 0, 32)
-    opt = torch.optim.AdamW(m.router.parameters(), 0.005)
-    for step in range(60):
+    batches = router.RouterBatches(m, eval_set, targets, 0, 24)
+    opt = torch.optim.AdamW(m.router.parameters(), 0.02)
+    for step in range(50):
         losses = list(batches.losses(batches[step], None, step))
         assert len(losses) == 2
         sum(losses).backward()
@@ -678,14 +690,14 @@ def test_pixel_flops_are_those_that_torch_counts(changes):
 def test_costs_of_a_conversation(overview):
     """Overview, all, overview, all: each step's sum by hand from what runs; and what torch counts when it runs."""
     m = model(12, overview=overview)
-    prefix, own, whole = questions_about(m, 12, 15)
+    prefix, own, whole = questions_about(m, 10, 15)
     divide(m, whole)
     c, plans, n = m.config, [plan_of(m, p) for p in whole], len(prefix.ids)
     kinds = {kind: [i for i, x in enumerate(plans) if x.pixels == kind] for kind in ("overview", "all")}
     order = [i for pair in zip(kinds["overview"], kinds["all"]) for i in pair][:4]
     tiles, vision, small = prefix.images[0].tiling.tiles, len(prefix.v_pos), data.overview_tokens(c)
     costs, ran = Costs(c, prefix.images, vision), {"overview": [], "all": []}
-    talk, run, encoded, spent, dense = Conversation, flops.llm_flops, 0, [0, 0], [0, 0]
+    run, squares, spent, dense = flops.llm_flops, 0, [0, 0], [0, 0]
     every = tuple(range(12))
     for k, i in enumerate(order):
         sa, kind = plans[i]
@@ -696,12 +708,12 @@ def test_costs_of_a_conversation(overview):
         if kind == "all" or questions:
             llm += flops.router_flops(c, n + more, seen)
         new = set(range(12))  # layers in which what they share has not run yet
-        if kind == "overview" and k == 0 or kind == "all" and k == 1:
-            pass
         for other in ran[kind]:
             differ = [l for l in range(12) if (l in sa) != (l in other)]
             new -= set(range(min(differ, default=12)))
         llm += run(c, sa, n, seen, head=False, layers=sorted(new))
+        squares += sum(x * (x - 1) * 2 * c.heads * c.head_dim for l, x in enumerate(tokens_of(c, sa, n, seen))
+                       if l in new and not (l in sa and x == n))  # torch counts causal attention's other half
         llm += run(c, sa, more, 0, n, seen) + run(c, sa, 1, 0, n + more, seen) + run(c, sa, 1, 0, n + more + 1, seen)
         ran[kind].append(sa)
         left = 0 if k > 1 else 1 if k == 0 else tiles - 1
@@ -725,10 +737,7 @@ def test_costs_of_a_conversation(overview):
     first = Costs(c, prefix.images, vision)
     for i in order:
         first.add(Route("x", "auto", "auto", plans[i]), prefix, own[i], 1)
-    square = {kind: halves(c, (1,), n, seen) for kind, seen in (("overview", small), ("all", vision))}
-    torch_says = counted(conversation)
-    assert torch_says - 2.5 * sum(square.values()) < first.total["first"] < torch_says
-    assert first.total["first"] == pytest.approx(torch_says - sum(square.values()), rel=0.02)
+    assert first.total["first"] == pytest.approx(counted(conversation) - squares, rel=0.005)
 
 
 @pytest.mark.parametrize("overview", [((1,),), OVERVIEW], ids=str)
