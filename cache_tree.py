@@ -107,14 +107,20 @@ class CacheTree:
     def select(self, rows):
         """A tree for some samples of the batch, with copies of what all configurations share."""
         new = CacheTree(self.language_model, self.configurations, len(rows), self.capacity, self.pauses)
-        like, _ = self.root.outputs[0]
+        node, n = self.root, len(self.segments)
+        while not branch_layers(node.group) & {node.stop}:  # what goes on from there for all, as far as it has run
+            following = [x for x in node.children.values() if len(x.outputs) == n]
+            if not following:
+                break
+            node, = following
+        like, _ = node.outputs[0]
         for positions, *_ in self.segments:
             positions = tuple(x[rows] for x in positions)
             layout = make_layout(*positions, new.past, self.language_model.config, like.device, compute_dtype(like))
             new.segments.append(Segment(positions, new.past, layout))
             new.past = new.past.extend(*positions[:2])
-        new.root.outputs = [(t[rows], v[rows]) for t, v in self.root.outputs]
-        new.root.cache = [LayerCache(*(kv.select(rows) for kv in layer)) for layer in self.root.cache]
+        new.root.stop, new.root.outputs = node.stop, [(t[rows], v[rows]) for t, v in node.outputs]
+        new.root.cache = [LayerCache(*(kv.select(rows) for kv in layer)) for layer in node.cache]
         return new
 
     @property
