@@ -498,7 +498,7 @@ def test_interrupted_anywhere_a_conversation_goes_on(at):
         try:
             if stop_at:
                 with pytest.raises(Interrupted):
-                    talk.answer(question, max_tokens=1)
+                    talk.answer(question, max_tokens=2)
             answer = talk.answer(question, max_tokens=2, routes=(second := []))
         finally:
             for hook in hooks:
@@ -508,7 +508,7 @@ def test_interrupted_anywhere_a_conversation_goes_on(at):
     wanted = ask()
     total = len(calls)
     assert total == 1 if at == "encoder" else total > 40
-    for k in range(1, total + 1, 3):
+    for k in range(1, total + 1, 4):
         assert ask(k) == wanted, k
 
 
@@ -545,13 +545,11 @@ def test_a_broken_router_says_so():
 
 @pytest.mark.parametrize("overview", [((1,),), OVERVIEW], ids=str)
 def test_evaluation_of_all_plans_is_that_of_each_alone(overview):
-    """And "route" is the plan that generate takes. Answers are such that some are right, the model's own: it speaks
-    ASCII, and is brief."""
+    """And "route" is the plan that generate takes. Some answers are right, as they are the model's own with one of the
+    plans: it speaks ASCII, and its head is made to end each after two tokens."""
     m = model(9, overview=overview)
     names = m.tokenizer.get_vocab()
-    silent = [i for name, i in names.items() if not name.isascii() or len(name) > 1]
-    m.lm_head.weight[silent] = 0
-    m.lm_head.weight[names["<|im_end|>"]] = 6 * torch.randn(64)
+    m.lm_head.weight[[i for name, i in names.items() if not name.isascii() or len(name) > 1]] = 0
     rng, eval_set = random.Random(12), []
     images = [tiny.image(rng.randint(20, 90), rng.randint(20, 90), i) for i in range(4)]
     prompts = [[(q := words(rng), encode(chatml([place_images(q, 1)]), m.tokenizer, [data.process_image(x, m.config)]))
@@ -559,12 +557,19 @@ def test_evaluation_of_all_plans_is_that_of_each_alone(overview):
     divide(m, [p for row in prompts for _, p in row])
     plans = m.config.plans
     assert plans == (*[Plan(sa, "overview") for sa in overview], *[Plan(sa, "all") for sa in VIABLE])
-    for image, row in zip(images, prompts):
+    ends = []  # (hidden state, whether an answer of two tokens ends there)
+    for i, (image, row) in enumerate(zip(images, prompts)):
         questions = []
         for k, (q, p) in enumerate(row):
-            answer, = m.generate([p], *plans[(5 * k + len(eval_set)) % len(plans)], max_tokens=6)
+            sa, kind = plans[(5 * k + i) % len(plans)]
+            answer, = m.generate([p], sa, kind, max_tokens=2)
+            seen = data.seen(p, kind, m.config)
+            said = join(seen, Prompt(answer, [seen.end, seen.end + 1], [], [], []))
+            ends += zip(m(collate([said]), sa)[0][-3:], (-30.0, -30.0, 30.0))
             questions.append((f"task {k}", q, m.tokenizer.decode(answer)))
         eval_set.append((image, questions))
+    h, wanted = torch.stack([h for h, _ in ends]), torch.tensor([x for _, x in ends])
+    m.lm_head.weight[names["<|im_end|>"]] = torch.linalg.lstsq(h, wanted[:, None]).solution[:, 0]
     results = all_results(m, eval_set, plans, progress=False)
     assert len(results) == 12
     for i, plan in enumerate(plans):
@@ -628,10 +633,11 @@ def test_stage_3_learns_which_words_ask_for_all_pixels():
     before = {n: p.clone() for n, p in m.named_parameters()}
     eval_set = world.eval_set(0, 8, world.TRAIN)
     targets = [(i, q, world.TASKS[task].level < 0, m.config.viable[max(0, world.TASKS[task].level)])
-               for i, (_, questions) in enumerate(eval_set) for task, q, _ in questions]
+               for i, (_, questions) in enumerate(eval_set) for task, q, _ in questions
+               if world.TASKS[task].level < 0 or task in ("where", "read", "odd row")]
     batches = router.RouterBatches(m, eval_set, targets, 0, 24)
     opt = torch.optim.AdamW(m.router.parameters(), 0.02)
-    for step in range(50):
+    for step in range(50):  # a model that knows nothing: the words alone tell
         losses = list(batches.losses(batches[step], None, step))
         assert len(losses) == 2
         sum(losses).backward()
