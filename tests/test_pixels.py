@@ -216,7 +216,7 @@ def test_answers_are_those_of_the_same_plan_by_hand(divided):
     """In one batch and alone; the plan is the one that a routing token without any cache would choose."""
     m, prompts = divided
     plans = []
-    answers = m.generate(prompts, "auto", "auto", max_tokens=6, routes=plans)
+    answers = m.generate(prompts, "auto", "auto", max_tokens=3, routes=plans)
     assert all(type(plan) is Plan for plan in plans)
     for kind in ("overview", "all"):
         assert len({plan.sa for plan in plans if plan.pixels == kind}) >= 2, plans
@@ -224,9 +224,9 @@ def test_answers_are_those_of_the_same_plan_by_hand(divided):
     assert len(set(map(tuple, answers))) > 12
     for p, plan, answer in zip(prompts, plans, answers):
         routes, seen = [], data.seen(p, plan.pixels, m.config)
-        assert m.generate([p], plan.sa, plan.pixels, max_tokens=6, routes=routes) == [answer] and routes == [plan]
-        assert m.generate([p], "auto", "auto", max_tokens=6, routes=routes) == [answer] and routes == [plan]
-        assert m.generate([seen], plan.sa, max_tokens=6) == [answer]  # the overview is a prompt like others
+        assert m.generate([p], plan.sa, plan.pixels, max_tokens=3, routes=routes) == [answer] and routes == [plan]
+        assert m.generate([p], "auto", "auto", max_tokens=3, routes=routes) == [answer] and routes == [plan]
+        assert m.generate([seen], plan.sa, max_tokens=3) == [answer]  # the overview is a prompt like others
 
 
 def test_pixels_named_by_hand(divided):
@@ -269,7 +269,8 @@ def test_configurations_over_the_overview_may_branch_later_than_over_all_pixels(
 def test_layers_that_may_not_be_chosen_are_not_chosen_over_the_overview_either(divided):
     """allowed (--budget) holds for both; where it leaves nothing over the overview, all pixels are seen."""
     m, prompts = divided
-    for allowed in ([(1,)], [(1, 4)], [(1, 7), (1, 4, 7)]):
+    prompts = prompts[:8]
+    for allowed in ([(1, 4)], [(1, 7), (1, 4, 7)]):
         routes = []
         answers = m.generate(prompts, "auto", "auto", max_tokens=2, allowed=allowed, routes=routes)
         assert {x.sa for x in routes} <= set(allowed)
@@ -364,23 +365,23 @@ def test_each_question_about_an_image_is_decided_for_itself():
     prefix, own, whole = questions_about(m, 10, 6)
     divide(m, whole)
     wanted = [plan_of(m, p) for p in whole]
-    alone = m.generate(whole, "auto", "auto", max_tokens=5)
+    alone = m.generate(whole, "auto", "auto", max_tokens=2)
     content = [i for i, plan in enumerate(wanted) if plan.pixels == "overview"]
     others = [i for i in range(10) if i not in content]
     assert content and others and len(set(wanted)) >= 4
-    for order in ([*content, *others, *content], [*others, *content], [*range(10), 3, 0, 7]):
+    for order in ([*content, *others, content[0]], [*others[:2], *content[:2], others[0]]):
         with watched(m) as (tiles, rows):
             talk, routes = Conversation(m, prefix, "auto", "auto", text_capacity=8), []
             for k, i in enumerate(order):
-                assert talk.answer(own[i], max_tokens=5, routes=routes) == alone[i] and routes == [wanted[i]]
+                assert talk.answer(own[i], max_tokens=2, routes=routes) == alone[i] and routes == [wanted[i]]
                 if order[:k + 1] == content[:k + 1]:
                     assert len(tiles) == 1
         assert sorted_tiles(tiles) == tiles_of([prefix])
     for kind, plan in (("overview", (1, 7)), ("all", (1, 4))):  # named by hand
         talk = Conversation(m, prefix, plan, kind)
         for i in (2, 0, 2):
-            assert talk.answer(own[i], max_tokens=5, routes=routes) == m.generate([whole[i]], plan, kind,
-                                                                                  max_tokens=5)[0]
+            assert talk.answer(own[i], max_tokens=2, routes=routes) == m.generate([whole[i]], plan, kind,
+                                                                                  max_tokens=2)[0]
             assert routes == [Plan(plan, kind)]
 
 
@@ -445,8 +446,8 @@ def talker():
 
 def test_a_conversation_may_change_its_pixels(talker):
     """What was said while the others answered is run in the cache of those that answer now; tiles are encoded once."""
-    taken = kept_turns(talker, KINDS, 20) + kept_turns(talker, KINDS[::-1], 21)
-    assert len(set(taken)) >= 4
+    taken = kept_turns(talker, KINDS, 20) + kept_turns(talker, KINDS[2:5], 21)
+    assert len(set(taken)) >= 4 and {x.pixels for x in taken} == {"overview", "all"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -464,9 +465,9 @@ def test_an_interrupted_answer_leaves_the_conversation_as_it_was(talker):
                 raise Interrupted
         end = talk.end
         with pytest.raises(Interrupted):
-            talk.answer(turn, keep=True, max_tokens=9, on_token=stop)
+            talk.answer(turn, keep=True, max_tokens=4, on_token=stop)
         assert talk.end == end
-    assert len(set(kept_turns(talker, KINDS, 22, interrupt))) >= 3 and len(came) == 2 * len(KINDS)
+    assert len(set(kept_turns(talker, KINDS[1:6], 22, interrupt))) >= 3 and len(came) == 10
 
 
 @pytest.mark.parametrize("at", ["language model", "encoder"])
@@ -508,7 +509,7 @@ def test_interrupted_anywhere_a_conversation_goes_on(at):
     wanted = ask()
     total = len(calls)
     assert total == 1 if at == "encoder" else total > 40
-    for k in range(1, total + 1, 4):
+    for k in range(1, total + 1, 7):
         assert ask(k) == wanted, k
 
 
@@ -518,7 +519,7 @@ def test_the_threshold_is_strict():
     """Of several questions in a prompt each must reach it, whichever is the least sure, whoever else is in the batch;
     the probability itself is the scores' sigmoid."""
     m = model(8)
-    prompts = prompts_of(m, 3, 9, turns=3) + prompts_of(m, 3, 10, turns=2) + prompts_of(m, 2, 11)
+    prompts = prompts_of(m, 3, 9, turns=3) + prompts_of(m, 2, 10, turns=2) + prompts_of(m, 1, 11)
     divide(m, prompts)
     shift(m.router.pixels.down, torch.tensor([[min(scores_of(m, p, "all")[0])] for p in prompts]) / 4, 0)
     p = [[1 / (1 + np.exp(-x)) for x in scores_of(m, prompt, "all")[0]] for prompt in prompts]
@@ -543,20 +544,19 @@ def test_a_broken_router_says_so():
 
 # --- evaluation, labels, training -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("overview", [((1,),), OVERVIEW], ids=str)
-def test_evaluation_of_all_plans_is_that_of_each_alone(overview):
+def test_evaluation_of_all_plans_is_that_of_each_alone():
     """And "route" is the plan that generate takes. Some answers are right, as they are the model's own with one of the
     plans: it speaks ASCII, and its head is made to end each after two tokens."""
-    m = model(9, overview=overview)
+    m = model(9)
     names = m.tokenizer.get_vocab()
     m.lm_head.weight[[i for name, i in names.items() if not name.isascii() or len(name) > 1]] = 0
     rng, eval_set = random.Random(12), []
     images = [tiny.image(rng.randint(20, 90), rng.randint(20, 90), i) for i in range(4)]
     prompts = [[(q := words(rng), encode(chatml([place_images(q, 1)]), m.tokenizer, [data.process_image(x, m.config)]))
-                for _ in range(3)] for x in images]
+                for _ in range(2)] for x in images]
     divide(m, [p for row in prompts for _, p in row])
     plans = m.config.plans
-    assert plans == (*[Plan(sa, "overview") for sa in overview], *[Plan(sa, "all") for sa in VIABLE])
+    assert plans == (*[Plan(sa, "overview") for sa in OVERVIEW], *[Plan(sa, "all") for sa in VIABLE])
     ends = []  # (hidden state, whether an answer of two tokens ends there)
     for i, (image, row) in enumerate(zip(images, prompts)):
         questions = []
@@ -571,7 +571,7 @@ def test_evaluation_of_all_plans_is_that_of_each_alone(overview):
     h, wanted = torch.stack([h for h, _ in ends]), torch.tensor([x for _, x in ends])
     m.lm_head.weight[names["<|im_end|>"]] = torch.linalg.lstsq(h, wanted[:, None]).solution[:, 0]
     results = all_results(m, eval_set, plans, progress=False)
-    assert len(results) == 12
+    assert len(results) == 8
     for i, plan in enumerate(plans):
         for r, alone in zip(results, all_results(m, eval_set, [plan], progress=False)):
             assert [r[k] for k in ("image", "task", "question")] == [alone[k] for k in ("image", "task", "question")]
@@ -580,7 +580,7 @@ def test_evaluation_of_all_plans_is_that_of_each_alone(overview):
     for kind in ("overview", "all"):  # plans do differ, and some answers are right with these pixels
         own = [i for i, plan in enumerate(plans) if plan.pixels == kind]
         assert any(r["correct"][i] for r in results for i in own)
-    assert len({tuple(r["loss"]) for r in results}) == 12 and any(len(set(r["correct"])) == 2 for r in results)
+    assert len({tuple(r["loss"]) for r in results}) == 8 and any(len(set(r["correct"])) == 2 for r in results)
     routes, flat = [], [p for row in prompts for _, p in row]
     m.generate(flat, "auto", "auto", max_tokens=1, routes=routes)
     assert [plans[r["route"]] for r in results] == routes and {x.pixels for x in routes} == {"overview", "all"}
@@ -636,8 +636,8 @@ def test_stage_3_learns_which_words_ask_for_all_pixels():
                for i, (_, questions) in enumerate(eval_set) for task, q, _ in questions
                if world.TASKS[task].level < 0 or task in ("where", "read", "odd row")]
     batches = router.RouterBatches(m, eval_set, targets, 0, 24)
-    opt = torch.optim.AdamW(m.router.parameters(), 0.02)
-    for step in range(50):  # a model that knows nothing: the words alone tell
+    opt = torch.optim.AdamW(m.router.parameters(), 0.03)
+    for step in range(40):  # a model that knows nothing: the words alone tell
         losses = list(batches.losses(batches[step], None, step))
         assert len(losses) == 2
         sum(losses).backward()
@@ -883,16 +883,15 @@ def test_pixels_with_layers_named_and_where_there_is_no_overview(place, capsys):
     """Over the overview in any layers, of any checkpoint; text alone and two images are as they are."""
     d, m, questions, prompts = place
     words = ["--json", "--max-tokens", 3, "--q", questions[0]]
-    for name, sa in (("model", "1,7"), ("plain", "none"), ("unrouted", "1,4")):
+    for name, sa in (("model", "1,7"), ("unrouted", "none")):
         own = VLM.from_pretrained(d / name)
         _, out, _ = call(capsys, "--model", d / name, "--image", d / "a.png", "--pixels", "overview", "--sa", sa, *words)
         row = json.loads(out)
         wanted = own.generate([data.overview(prompts[0], own.config)], own.config.configuration(sa), max_tokens=3)
         assert [row["tokens"]] == wanted and (row["pixels"], row["vision_tokens"]) == ("overview", 17)
-    for images, tokens in (([], 0), (["--image", d / "a.png", d / "a.png"], 34)):
-        for pixels in ("auto", "overview"):
-            row = json.loads(call(capsys, "--model", d / "model", *images, "--pixels", pixels, *words)[1])
-            assert (row["pixels"], row["vision_tokens"]) == ("all", tokens)
+    for images, tokens, pixels in (([], 0, "overview"), (["--image", d / "a.png", d / "a.png"], 34, "auto")):
+        row = json.loads(call(capsys, "--model", d / "model", *images, "--pixels", pixels, *words)[1])
+        assert (row["pixels"], row["vision_tokens"]) == ("all", tokens)
 
 
 # --- what the answer looked at --------------------------------------------------------------------------------------
