@@ -221,7 +221,7 @@ def test_answers_are_those_of_the_same_plan_by_hand(divided):
     for kind in ("overview", "all"):
         assert len({plan.sa for plan in plans if plan.pixels == kind}) >= 2, plans
     assert plans[:14] == [plan_of(m, p) for p in prompts[:14]] and [x.pixels for x in plans[12:14]] == ["all"] * 2
-    assert len(set(map(tuple, answers))) > 12
+    assert len(set(map(tuple, answers))) >= 8
     for p, plan, answer in zip(prompts, plans, answers):
         routes, seen = [], data.seen(p, plan.pixels, m.config)
         assert m.generate([p], plan.sa, plan.pixels, max_tokens=3, routes=routes) == [answer] and routes == [plan]
@@ -258,7 +258,7 @@ def test_the_router_is_content_only_where_it_may_be():
 def test_configurations_over_the_overview_may_branch_later_than_over_all_pixels(overview):
     """The route layer is 4, but those trained for the overview first differ in layer 7."""
     m = model(3, overview=overview)
-    prompts, plans = prompts_of(m, 10, 4), []
+    prompts, plans = prompts_of(m, 10, 18), []
     divide(m, prompts)
     answers = m.generate(prompts, "auto", "auto", max_tokens=3, routes=plans)
     assert plans == [plan_of(m, p) for p in prompts] and len({x for x in plans if x.pixels == "overview"}) >= 2
@@ -319,17 +319,22 @@ def test_in_a_batch_each_tile_is_encoded_once(divided):
 
 def test_a_batch_that_parts_runs_nothing_twice():
     """Prompts of one length, routed over the overview in two configurations that part behind the pixel layer: each
-    layer takes each token once, and two routing tokens of each prompt."""
+    layer takes each token once, beside routing tokens; also where some of them are content and some not."""
     m, rng = model(10), random.Random(13)
     c, images = m.config, [data.process_image(tiny.image(60, 90, i), m.config) for i in range(6)]
     prompts = [encode(chatml([f"{IMAGE}\n" + "".join(rng.choices(LETTERS, k=9))]), m.tokenizer, [x]) for x in images]
     divide(m, prompts)
-    for kind, vision in (("all", len(prompts[0].v_pos)), ("overview", 17)):
+    n, vision, small = len(prompts[0].ids), len(prompts[0].v_pos), 17
+    for kind in ("all", "overview", "auto"):
         routes = []
         with watched(m) as (_, rows):
             m.generate(prompts, "auto", kind, max_tokens=1, routes=routes)
-        assert len({x.sa for x in routes}) >= 2
-        wanted = sum(tokens_of(c, x.sa, len(prompts[0].ids), vision) for x in routes) + 6 * before(c, c.route_layer)
+        assert len({x.sa for x in routes}) >= 2 and len({x.pixels for x in routes}) == 1 + (kind == "auto")
+        wanted = sum(tokens_of(c, x.sa, n, small if x.pixels == "overview" else vision) for x in routes)
+        wanted += 6 * before(c, c.route_layer)
+        if kind == "auto":
+            wanted += 6 * before(c, c.pixel_layer) + sum(x.pixels == "all" for x in routes) * tokens_of(
+                c, (1,), n, small) * before(c, c.pixel_layer)
         assert list(rows.values()) == wanted.tolist(), kind
 
 
@@ -521,10 +526,11 @@ def test_the_threshold_is_strict():
     m = model(8)
     prompts = prompts_of(m, 3, 9, turns=3) + prompts_of(m, 2, 10, turns=2) + prompts_of(m, 1, 11)
     divide(m, prompts)
-    shift(m.router.pixels.down, torch.tensor([[min(scores_of(m, p, "all")[0])] for p in prompts]) / 4, 0)
+    m.router.pixels.down.weight.mul_(0.25)  # no probability is so near 0 or 1 that floats cannot tell
+    m.router.pixels.down.bias.mul_(0.25)
     p = [[1 / (1 + np.exp(-x)) for x in scores_of(m, prompt, "all")[0]] for prompt in prompts]
     least = [min(x) for x in p]
-    assert {x.index(min(x)) for x in p if len(x) > 1} >= {0, 1} and sum(max(x) > 2 * min(x) for x in p) >= 3
+    assert len({x.index(min(x)) for x in p if len(x) > 1}) > 1 and sum(max(x) > 1.2 * min(x) for x in p) >= 3
     for i, near in product(range(0, len(prompts), 2), (-1e-4, 1e-4)):
         m.config.pixel_threshold, routes = least[i] * (1 + near), []
         m.generate(prompts, "auto", "auto", max_tokens=1, routes=routes)
