@@ -20,7 +20,8 @@ import sample
 from config import Config, Plan
 from conversation import Conversation
 from costs import Costs, Route
-from data import ANSWER, IMAGE, ProcessedImage, Prompt, Tiling, chatml, collate, encode, join, place_images, split_shared
+from data import (ANSWER, IMAGE, ProcessedImage, Prompt, Tiling, chatml, collate, encode, join, place_images,
+                  split_shared)
 from encoders import normalise
 from evaluation import all_results
 from families import read_config
@@ -194,7 +195,8 @@ def test_where_there_is_no_overview():
     lone = encode(f"a{IMAGE}b", m.tokenizer, [picture(m, rng, single=False)])
     two = encode(f"{IMAGE}{IMAGE}", m.tokenizer, [picture(m, rng, single=False) for _ in range(2)])
     one = encode(f"a{IMAGE}b", m.tokenizer, [picture(m, rng)])
-    for p in (encode("abc", m.tokenizer), two, lone, encode("abc", m.tokenizer, start=70), data.overview(one, m.config)):
+    text, later = encode("abc", m.tokenizer), encode("abc", m.tokenizer, start=70)
+    for p in (text, later, two, lone, data.overview(one, m.config)):
         assert data.overview(p, m.config) is None and data.seen(p, "overview", m.config) is p
     assert data.seen(one, "all", m.config) is one and len(data.seen(one, "overview", m.config).v_pos) == 17
 
@@ -784,8 +786,8 @@ def test_plans_in_config_json(tmp_path):
     assert answers[0] == answers[1] and routes[0] == routes[1] and {x.pixels for x in routes[0]} == {"overview", "all"}
 
 
-BAD_PLANS = [{"sa": [1, 4], "pixels": "some"}, {"sa": [1, 4], "pixels": None}, {"pixels": "all"}, {"sa": [1, 4]}, [1, 4],
-             {"sa": [1, 4, 7, 10], "pixels": "overview", "x": 1}, {"sa": [4], "pixels": "overview"}, 3, None,
+BAD_PLANS = [{"sa": [1, 4], "pixels": "some"}, {"sa": [1, 4], "pixels": None}, {"pixels": "all"}, {"sa": [1, 4]},
+             [1, 4], {"sa": [1, 4, 7, 10], "pixels": "overview", "x": 1}, {"sa": [4], "pixels": "overview"}, 3, None,
              {"sa": 4, "pixels": "all"}, {"sa": [4, 1], "pixels": "all"}, {"sa": [1], "pixels": ["all"]},
              {"sa": [1], "pixels": "all"}, {"sa": [2], "pixels": "overview"}, {"sa": [99], "pixels": "all"}]
 
@@ -852,7 +854,8 @@ def test_the_command_line(place, capsys, pixels):
     assert [r["tokens"] for r in rows] == answers
     assert [(tuple(r["sa"]), r["pixels"], r["routed"]) for r in rows] == [(*plan, True) for plan in plans]
     assert {x.pixels for x in plans} == ({"overview", "all"} if pixels in (None, "auto") else {pixels})
-    assert [r["vision_tokens"] for r in rows] == [17 if x.pixels == "overview" else len(prompts[0].v_pos) for x in plans]
+    tokens = {"overview": 17, "all": len(prompts[0].v_pos)}
+    assert [r["vision_tokens"] for r in rows] == [tokens[x.pixels] for x in plans]
     assert ("over the overview" in err) == (pixels != "all") and sum(r["flops"]["encoder"] for r in rows) == sum(
         f(m.config, 1 if pixels == "overview" else prompts[0].images[0].tiling.tiles)
         for f in (flops.tower_flops, flops.connector_flops))
@@ -890,8 +893,8 @@ def test_pixels_with_layers_named_and_where_there_is_no_overview(place, capsys):
     words = ["--json", "--max-tokens", 3, "--q", questions[0]]
     for name, sa in (("model", "1,7"), ("unrouted", "none")):
         own = VLM.from_pretrained(d / name)
-        _, out, _ = call(capsys, "--model", d / name, "--image", d / "a.png", "--pixels", "overview", "--sa", sa, *words)
-        row = json.loads(out)
+        row = json.loads(call(capsys, "--model", d / name, "--image", d / "a.png", "--pixels", "overview", "--sa", sa,
+                              *words)[1])
         wanted = own.generate([data.overview(prompts[0], own.config)], own.config.configuration(sa), max_tokens=3)
         assert [row["tokens"]] == wanted and (row["pixels"], row["vision_tokens"]) == ("overview", 17)
     for images, tokens, pixels in (([], 0, "overview"), (["--image", d / "a.png", d / "a.png"], 34, "auto")):
