@@ -117,8 +117,8 @@ def ask(model, question, choose, pixels):
     own = data.encode(own, model.tokenizer, start=shared.end)
     dense_vision = sum(data.tiling(*x.size, c.unpacked(), single).tokens for x in images)
     sa, allowed = choose(len(shared.ids) + len(own.ids), len(shared.v_pos), dense_vision)
-    return Asked(shared, own, dense_vision, sa, pixels if sa == "auto" or pixels != "auto" else "all",
-                 allowed and tuple(allowed))
+    pixels = c.allowed_pixels(pixels if sa == "auto" or pixels != "auto" else "all", sa, allowed)
+    return Asked(shared, own, dense_vision, sa, pixels, allowed and tuple(allowed))
 
 
 def generate(model, asked, **how):

@@ -19,9 +19,9 @@ class Segment(NamedTuple):
 class Node:
     """A stretch of layers that all configurations of a group run alike: its caches, and what left its last layer."""
 
-    def __init__(self, group, start, cache, c, capacity, pause=None):
+    def __init__(self, group, start, cache, c, capacity, pauses=()):
         self.group = group
-        ends = branch_layers(group) | {l for l in [pause] if l is not None and l > start}
+        ends = branch_layers(group) | {l for l in pauses if l > start}
         self.start, self.stop = start, min(ends, default=c.layers)
         # They agree on these layers; the one that reads vision longest also refines it for the others
         self.sa = max(group, key=lambda sa: c.vision_readers(sa)[1])
@@ -41,21 +41,21 @@ class CacheTree:
     (truncate) need no clearing: their cache positions are written again.
     """
 
-    def __init__(self, language_model, configurations, batch, capacity, pause=None):
-        """configurations: those that may be asked for. capacity: text and visual tokens of a sample to reserve. pause:
-        a layer before which the root ends, although all may agree on more."""
+    def __init__(self, language_model, configurations, batch, capacity, pauses=()):
+        """configurations: those that may be asked for. capacity: text and visual tokens of a sample to reserve. pauses:
+        layers before which nodes end, although all may agree on more."""
         self.language_model, self.configurations, self.capacity = language_model, configurations, capacity
-        self.pause, c = pause, language_model.config
-        self.root = Node(configurations, 0, [], c, capacity, pause)
+        self.pauses, c = pauses, language_model.config
+        self.root = Node(configurations, 0, [], c, capacity, pauses)
         self.segments, self.past = [], Past.empty(batch)
 
     def extend(self, t, v, positions):
         """Adds a segment, and runs it through the layers that all configurations share.
         t (B, Nt, d), v (B, Nv, d) as they enter layer 0; positions: t_pos, v_pos, v_img."""
         layout = make_layout(*positions, self.past, self.language_model.config, t.device, compute_dtype(t))
+        self.run_node(self.root, t, v, layout)  # first: if it is interrupted, all is as it was
         self.segments.append(Segment(positions, self.past, layout))
         self.past = self.past.extend(*positions[:2])
-        self.run_node(self.root, t, v, layout)
 
     def run_node(self, node, t, v, layout):
         """Takes a segment through the layers of a node."""
@@ -77,7 +77,8 @@ class CacheTree:
         """The node that goes on from a parent on one side, with all that has come in run."""
         if side not in parent.children:
             group = [own for own in parent.group if (parent.stop in own) == side]
-            parent.children[side] = Node(group, parent.stop, parent.cache, self.language_model.config, self.capacity)
+            c = self.language_model.config
+            parent.children[side] = Node(group, parent.stop, parent.cache, c, self.capacity, self.pauses)
         node = parent.children[side]
         for i in range(len(node.outputs), len(self.segments)):
             self.run_node(node, *parent.outputs[i], self.segments[i].layout)
@@ -105,15 +106,21 @@ class CacheTree:
 
     def select(self, rows):
         """A tree for some samples of the batch, with copies of what all configurations share."""
-        new = CacheTree(self.language_model, self.configurations, len(rows), self.capacity, self.pause)
-        like, _ = self.root.outputs[0]
+        new = CacheTree(self.language_model, self.configurations, len(rows), self.capacity, self.pauses)
+        node, n = self.root, len(self.segments)
+        while not branch_layers(node.group) & {node.stop}:  # what goes on from there for all, as far as it has run
+            following = [x for x in node.children.values() if len(x.outputs) == n]
+            if not following:
+                break
+            node, = following
+        like, _ = node.outputs[0]
         for positions, *_ in self.segments:
             positions = tuple(x[rows] for x in positions)
             layout = make_layout(*positions, new.past, self.language_model.config, like.device, compute_dtype(like))
             new.segments.append(Segment(positions, new.past, layout))
             new.past = new.past.extend(*positions[:2])
-        new.root.outputs = [(t[rows], v[rows]) for t, v in self.root.outputs]
-        new.root.cache = [LayerCache(*(kv.select(rows) for kv in layer)) for layer in self.root.cache]
+        new.root.stop, new.root.outputs = node.stop, [(t[rows], v[rows]) for t, v in node.outputs]
+        new.root.cache = [LayerCache(*(kv.select(rows) for kv in layer)) for layer in node.cache]
         return new
 
     @property

@@ -114,6 +114,15 @@ class Config:
         """Those that the model is trained for, with these pixels."""
         return self.viable if pixels == "all" else self.overview
 
+    def allowed_pixels(self, pixels, sa, allowed=None):
+        """The pixels that may be chosen with `sa`, a configuration or "auto": "auto" is "all" where none of `allowed`,
+        the configurations that may be chosen (None: all), is trained for the overview. Raises ValueError where nothing
+        chooses them."""
+        if pixels == "auto" and not (sa == "auto" and self.router and self.overview):
+            raise ValueError('pixels "auto" go with sa "auto", of a model whose router has learned to choose them')
+        none = allowed is not None and not set(map(tuple, allowed)) & set(self.overview)
+        return "all" if pixels == "auto" and none else pixels
+
     @property
     def route_layer(self):
         """The first layer in which viable configurations differ: the router decides before it (4.3). None without."""

@@ -23,7 +23,7 @@ class Conversation:
         self.model, self.sa, self.capacity = model, sa, text_capacity
         self.prompts, self.trees, self.known = [prompt], {}, None
         small = data.overview(prompt, model.config)
-        self.pixels = pixels if small else "all"
+        self.pixels = model.config.allowed_pixels(pixels, sa) if small else "all"
         self.shift = small.end - prompt.end if small else 0
         with torch.no_grad():
             self.tree("all" if self.pixels == "all" else "overview", timings)
@@ -63,7 +63,7 @@ class Conversation:
         list that receives the Plan. how: as in decoding.generate."""
         n = len(self.prompts)
         try:
-            pixels, tree = self.ask(prompt, timings)
+            pixels, tree = self.ask(prompt, timings, how.get("allowed"))
             (answer,), (ran,) = generate(self.model, tree, [self.seen(prompt, pixels)], self.sa, timings=timings, **how)
         except BaseException:   # Ctrl-C too
             self.truncate(n)
@@ -78,13 +78,14 @@ class Conversation:
             self.truncate(n)
         return answer
 
-    def ask(self, prompt, timings):
+    def ask(self, prompt, timings, allowed=None):
         """(pixels, the tree with them): the ones that a question gets, with the question at its end."""
-        for pixels in PIXELS if self.pixels == "auto" else [self.pixels]:
+        wanted = self.model.config.allowed_pixels(self.pixels, self.sa, allowed)
+        for pixels in PIXELS if wanted == "auto" else [wanted]:
             tree, n = self.tree(pixels, timings), len(self.prompts)
             seen = self.seen(prompt, pixels)
             self.model.extend(tree, collate([seen]), timings)
-            if pixels == self.pixels or pixels == "all" or self.model.overview_will_do(tree, [seen.answer_starts])[0]:
+            if pixels == wanted or pixels == "all" or self.model.overview_will_do(tree, [seen.answer_starts])[0]:
                 return pixels, tree
             tree.truncate(n)
 

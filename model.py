@@ -232,6 +232,8 @@ class VLM(nn.Module):
         the most expensive. So for each question; of several questions in a prompt the most expensive choice runs.
         answer_starts: of the data.Batch that is the tree's newest segment. allowed: those to choose among."""
         c, may = self.config, [own for own in tree.configurations if allowed is None or own in allowed]
+        if not may:
+            raise ValueError("none of the configurations that may be chosen is trained for these pixels")
         if len(tree.configurations) == 1:  # nothing to choose
             return may * len(answer_starts)
         scores = self.route_scores(tree, answer_starts)                                         # (B, K, viable)
@@ -256,8 +258,7 @@ class VLM(nn.Module):
         layers finds what was not looked at: it is, where the probability of each of its questions reaches
         config.pixel_threshold."""
         scores = self.scores(self.router.pixels, tree, answer_starts, self.config.pixel_layer)          # (B, K, 1)
-        p = scores.float().sigmoid().amin((1, 2))                                                       # (B,)
-        p = p.tolist()
+        p = scores.float().sigmoid().amin((1, 2)).tolist()                                              # (B,)
         if not all(map(math.isfinite, p)):
             raise not_finite("the router's output", scores.dtype)
         return [x >= self.config.pixel_threshold for x in p]
@@ -281,11 +282,11 @@ class VLM(nn.Module):
     # --- generation ---
 
     def new_tree(self, sa, batch, text, vision, pixels="all"):
-        """An empty CacheTree for `text` and `vision` tokens a sample. sa: as in `configurations`. Over the overview its
-        root ends where the router decides on the pixels."""
-        pause = self.config.pixel_layer if pixels == "overview" and self.router else None
-        capacity = round_up(text), vision  # text grows
-        return CacheTree(self.language_model, self.configurations(sa, pixels), batch, capacity, pause)
+        """An empty CacheTree for `text` and `vision` tokens a sample. sa: as in `configurations`. Over the overview
+        nodes end where the router decides on the pixels, and on the layers."""
+        c, capacity = self.config, (round_up(text), vision)  # text grows
+        pauses = [c.pixel_layer, c.route_layer] if pixels == "overview" and self.router and c.overview else []
+        return CacheTree(self.language_model, self.configurations(sa, pixels), batch, capacity, pauses)
 
     def extend(self, tree, batch, timings=None, known=None):
         """Adds a data.Batch to a tree, and runs it through the layers that all of its configurations share."""
@@ -304,6 +305,7 @@ class VLM(nn.Module):
         if isinstance(sa, list) and len(sa) != len(prompts):
             raise ValueError(f"{len(sa)} configurations for {len(prompts)} prompts: give one each")
         answers, plans = [None] * len(prompts), [None] * len(prompts)
+        pixels = self.config.allowed_pixels(pixels, sa, how.get("allowed"))
         for rows, kind, seen, tree in self.look(prompts, sa, pixels, max_tokens, timings):
             own = [sa[i] for i in rows] if isinstance(sa, list) else sa
             emit = on_token and (lambda i, token, rows=rows: on_token(rows[i], token))
@@ -320,8 +322,6 @@ class VLM(nn.Module):
         small = {i: data.overview(p, self.config) for i, p in enumerate(prompts) if pixels != "all"}
         small = {i: p for i, p in small.items() if p}
         left, known, steps = set(range(len(prompts))), {}, min(max_tokens, 1024)  # longer answers make the cache grow
-        if pixels == "auto" and (sa != "auto" or self.router is None or self.router.pixels is None):
-            raise ValueError('pixels "auto" go with sa "auto", of a model whose router has learned to choose them')
 
         def tree_of(rows, kind, seen):
             batch, own = collate(seen), [sa[i] for i in rows] if isinstance(sa, list) else sa

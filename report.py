@@ -39,12 +39,11 @@ class Report:
     def router_flops(self, plan):
         """Operations of choosing a plan for a usual prompt: of the routing token, and of the prompt over the overview
         where that did not do."""
-        c, text = self.config, self.text_tokens
+        c, text, vision = self.config, self.text_tokens, data.overview_tokens(self.config)
         decide = pixel_flops(c, text) if c.overview else 0
-        if plan.pixels == "overview":
-            return decide
+        if plan.pixels == "overview":  # where one configuration is all there is, layers are not chosen
+            return decide + (router_flops(c, text, vision) if len(c.overview) > 1 else 0)
         if c.overview:
-            vision = data.overview_tokens(c)
             decide += llm_flops(c, c.overview[0], text, vision, head=False, layers=range(c.pixel_layer))
         return decide + router_flops(c, text, self.tiling.tokens)
 

@@ -226,7 +226,7 @@ def main(argv=None):
         warn_of_other_worlds(args.q, images, model.tokenizer)
     warn_of_layers(args, c)
     from conversation import Conversation  # with torch, 1.5 s
-    stream, pixels = sys.stdout.isatty() and not args.json, pixels_of(args, c)
+    stream, wanted = sys.stdout.isatty() and not args.json, pixels_of(args, c)
     conversations, costs = {}, Costs(c, processed, dense_vision)
     for question, text in zip(args.q, texts):
         prefix, own = data.split_shared(text)
@@ -235,11 +235,11 @@ def main(argv=None):
         n_text, n_vision = len(prefix.ids) + len(prompt.ids), len(prefix.v_pos)
         sa, allowed = configuration(args, c, n_text, n_vision, dense_vision)
         timings = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
-        key, routes = (tuple(prefix.ids), tuple(prefix.t_pos)), []
-        if (key, sa) not in conversations:
+        key, routes, pixels = (tuple(prefix.ids), tuple(prefix.t_pos)), [], c.allowed_pixels(wanted, sa, allowed)
+        if (key, sa, pixels) not in conversations:
             capacity = len(prompt.ids) + min(args.max_tokens, 1024)
-            conversations[key, sa] = Conversation(model, prefix, sa, pixels, capacity, timings)
-        tokens = conversations[key, sa].answer(
+            conversations[key, sa, pixels] = Conversation(model, prefix, sa, pixels, capacity, timings)
+        tokens = conversations[key, sa, pixels].answer(
             prompt, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
             timings=timings, allowed=allowed, routes=routes, on_token=Stream(model.tokenizer) if stream else None)
         asked = Route(key, sa, pixels, routes[0])

@@ -342,7 +342,7 @@ def parse(argv=None):
     p.add_argument("--compile", action="store_true", help="ours compiled, see VLM.compile")
     p.add_argument("--measure", action="store_true", help="encoder and prefill of the first of --tiles (default: 5) "
                    "in four configurations, beside the operations that flops.py counts")
-    p.add_argument("--pixels", action="store_true", help="time to the first token of one prompt of the first of --tiles "
+    p.add_argument("--pixels", action="store_true", help="time to the first token, of the first of --tiles "
                    "(default: 5): all tiles, the overview, asked first")
     p.add_argument("--plot", action="store_true", help="only draw the JSON of this kind of device again")
     args = p.parse_args(argv)
