@@ -194,7 +194,7 @@ def parse(argv=None):
     p.add_argument("--steps", type=int, metavar="N", help="optimisation steps of a stage (default: of a file, once "
                    "through it)")
     p.add_argument("--batch-size", type=int, metavar="N", help="samples a step: default 128, of the miniature 24 "
-                   "images, in stage 3 128 questions")
+                   "images, in stage 3 64 questions")
     p.add_argument("--micro-batch-size", type=int, metavar="N", help="samples in memory at once (default: 4)")
     p.add_argument("--lr", type=float, metavar="X", help="AdamW's learning rate (default: 1e-4 in stage 1, 1e-5 in "
                    "stage 2); of the miniature, Muon's, and AdamW has a tenth of it")

@@ -46,6 +46,16 @@ def test_more_prompts_at_once_and_training():
     assert "| stage 2 |" in bench.table(result)
 
 
+def test_pixels_are_what_they_are_called(monkeypatch, capsys):
+    """Four ways to the first token; inside, each is checked to have taken the pixels that it is named after."""
+    config = tiny.config(layers=24, tile=384, patch=96, tied=True)
+    monkeypatch.setattr(bench, "preset", lambda name: config)
+    bench.main(["--pixels", "--rounds", "1", "--dtype", "float32"])
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[1].strip() for row in rows] == ["all", "overview", "asked first, then all", "asked first, overview"]
+    assert float(rows[0][3]) == 1 and all(float(row[2]) >= 0 for row in rows)
+
+
 def test_kernels_are_counted(result):
     """A layer on text alone starts at least twelve a token; two layers with vision no more than 600 in all."""
     kernels = result["kernels"]

@@ -305,7 +305,7 @@ def test_the_router_costs_under_a_thousandth_at_the_true_size():
 @pytest.fixture(scope="module")
 def small():
     """An untrained miniature with a router, and an evaluation set whose answers have one to three words."""
-    m = fresh(0).add_cross_attention(world.CA, world.SA, world.VIABLE).eval()
+    m = fresh(0).add_cross_attention(world.CA, world.SA, world.VIABLE, ()).eval()
     torch.manual_seed(0)
     m.add_router().requires_grad_(False)
     eval_set = [(image, [*questions[:2], ("long", "describe the quilt", "red blue k"[:4 + 5 * (i % 2)])])

@@ -23,7 +23,7 @@ RECIPES = {
     1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, decay_start=0.5),  # a warm-up; 300 steps bring little more
     2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, decay_start=0.5,
             largest_first=0.375),     # of the steps: relations learned first in the largest configuration stay
-    3: dict(batch_size=128, steps=400, lr=0.25, warmup=20, decay_start=0.5,
+    3: dict(batch_size=64, steps=1000, lr=0.25, warmup=20, decay_start=0.5,
             questions=500,            # of each task; with 250 chance decided the label of one
             labels="task", leave_out=(),
             label_smoothing=0.06),    # without it a router is sure even about kinds of questions that it never saw
