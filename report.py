@@ -126,7 +126,7 @@ class Report:
         borders = np.cumsum([len(names) for names in self.groups.values()])[:-1]
         for x in borders:
             axes[1].axvline(x - 0.5, color="white", linewidth=3)
-        axes[1].set_title("accuracy by self-attention layers (rows) and task: " + " | ".join(self.groups))
+        axes[1].set_title("accuracy by plan (rows) and task: " + " | ".join(self.groups))
         if routed:
             self.draw_routes(axes[2], routed[0], tasks, plt.cm.viridis)
         figure.savefig(path, dpi=90)
@@ -137,18 +137,18 @@ class Report:
         routed = [r for r in self.rows if r["sa"] is None]
         fixed = [r for r in self.rows if r["sa"] is not None]
         for group, colour in zip(self.groups, ("tab:green", "tab:blue", "tab:red", "tab:purple")):
-            x, y = [r["saving"] for r in fixed], [r[group] for r in fixed]
+            x, y = [r["end_to_end"] for r in fixed], [r[group] for r in fixed]
             axes.plot(x, y, "o", color=colour, label=group)
             axes.plot(*frontier(x, y), color=colour, alpha=0.4)
             for r, marker in zip(routed, "*P"):
-                axes.plot(r["by_group"][group]["saving"], r[group], marker, color=colour, markersize=14,
+                axes.plot(r["by_group"][group]["end_to_end"], r[group], marker, color=colour, markersize=14,
                           markeredgecolor="black", label=f"{group}, {r['name']}")
         for r in fixed:
-            axes.annotate(r["name"], (r["saving"], r[list(self.groups)[-1]]), xytext=(6, -4), fontsize=8,
+            axes.annotate(r["name"], (r["end_to_end"], r[list(self.groups)[-1]]), xytext=(6, -4), fontsize=8,
                           textcoords="offset points")
-        axes.set(xlabel="times fewer operations in the language model than dense", ylabel="accuracy", ylim=(0, 1.05),
-                 title="what each configuration costs and can do")
-        axes.set_xlim(left=0.5, right=1.15 * max(r["saving"] for r in self.rows))
+        axes.set(xlabel="times fewer operations to the first token than dense, encoder included", ylabel="accuracy",
+                 ylim=(0, 1.05), title="what each plan costs and can do (ov: over the overview)")
+        axes.set_xlim(left=0.5, right=1.15 * max(r["end_to_end"] for r in self.rows))
         axes.legend(loc="lower left", fontsize=8)
 
     def draw_routes(self, axes, row, tasks, colours):
