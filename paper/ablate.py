@@ -37,7 +37,7 @@ def experiment(name, seed, args):
     out = Path(args.out) / f"{name.replace(', ', '-').replace(' ', '-').replace(',', '')}-{seed}-{args.exam}"
     if not (out / "row.json").is_file():
         model = VLM.from_pretrained(train.DENSE if dense == "with" else args.control, device=args.device)
-        model.add_cross_attention(world.CA, world.SA, configurations)
+        model.add_cross_attention(world.CA, world.SA, configurations, ())
         for stage in (1, 2):
             recipe = RECIPES[stage]
             steps = recipe["steps"] if stage == 1 else STEPS * times

@@ -144,8 +144,8 @@ def load_theirs(directory, dtype, device):
     """transformers' model and image processor. Raises ValueError."""
     import transformers
     try:
-        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import \
-            LlavaOnevisionImageProcessorPil as Processor
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil as Processor)
     except ImportError:
         raise ValueError(f"transformers {transformers.__version__} is too old to compare with: pip install -U "
                          "'transformers>=5'") from None
@@ -222,7 +222,7 @@ def our_answer(model, case, timings):
     dense, prompt = range(model.config.layers), case.prompt
     with watched(model.vision_tower) as pixels, encoded(model, prompt.images, timings):
         logits = model.head(model(collate([prompt]), dense))[0]
-        tokens, = model.generate([prompt], dense, TOKENS, timings=timings)
+        tokens, = model.generate([prompt], dense, max_tokens=TOKENS, timings=timings)
     tokens += [END] * (len(tokens) < TOKENS)
     timings["tokens"] = timings.get("tokens", 0) + len(tokens) - 1
     return {"pixels": pixels, "logits": logits.float().cpu(), "tokens": tokens}

@@ -18,6 +18,7 @@ import data
 import router
 import train
 from cli import run
+from config import Plan
 from llava.batches import ConversationBatches
 from llava.samples import Samples
 from model import VLM
