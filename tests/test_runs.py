@@ -17,6 +17,7 @@ import cli
 import router
 import train
 import weights as weights_of_files
+from evaluation import all_results
 from model import VLM
 from tests import tiny
 from tests.test_llava_training import ONE_THREAD, ROOT, arguments, call, files, log, weights  # noqa: F401 a fixture
@@ -98,7 +99,7 @@ def test_evaluation_refuses_losses_that_are_not_finite():
     model = broken_model(math.nan)
     eval_set = [(tiny.image(40, 40), [("task", "what?", "x")])]
     with pytest.raises(ValueError, match="loss of configuration 1 is not finite"):
-        router.all_results(model.remove_router(), eval_set, model.config.viable)
+        all_results(model.remove_router(), eval_set, model.config.plans)
 
 
 @pytest.mark.parametrize("device, has_it, parameters, chosen", [
