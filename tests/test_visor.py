@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import decoding
 from config import PAD
 from conversation import Conversation
 from data import IMAGE, Prompt, chatml, collate, encode, join, place_images, process_image, split_shared
@@ -401,7 +402,8 @@ def test_long_answers(monkeypatch):
     m, rng = new(12)
     p, sa = some_prompt(m, rng, 1), (1, 4)
     tree = m.new_tree(sa, 1, 1, 1)
-    answer, = m.generate([p], sa, max_tokens=1030, tree=tree)
+    m.extend(tree, collate([p]))
+    (answer,), _ = decoding.generate(m, tree, [p], sa, max_tokens=1030)
     assert len(answer) == 1030
     tail = Prompt(answer, [p.end + i for i in range(1030)], [], [], [])
     predicted = logits(m, [join(p, tail)], sa)[0][len(p.ids) - 1:-1]
@@ -424,7 +426,8 @@ def test_cache_bytes(ca, sa):
     prompts = [some_prompt(m, rng, n) for n in (2, 0, 1)]
     text, vision = max(len(p.ids) for p in prompts) + 9, max(len(p.v_pos) for p in prompts)
     tree = m.new_tree(sa, 3, text, vision)
-    m.generate(prompts, sa, max_tokens=9, tree=tree)
+    m.extend(tree, collate(prompts))
+    decoding.generate(m, tree, prompts, sa, max_tokens=9)
     cross = [l for l in ca if l not in sa]
     reserved = -(-text // 256) * 256  # capacities are multiples of 256, and vision's where a layer keeps it too
     joint = max(reserved + vision, -(-(max(p.end for p in prompts) + 9) // 256) * 256)
