@@ -16,7 +16,6 @@ import explain
 import flops
 import report
 import router
-import sample
 from config import Config, Plan
 from conversation import Conversation
 from costs import Costs, Route
@@ -29,6 +28,7 @@ from layout import Past, make_layout
 from model import VLM
 from tests import tiny
 from tests.test_flops import counted
+from tests.test_sample import call
 from tests.test_toy_training import fresh
 from toy import world
 
@@ -832,16 +832,6 @@ def place(tmp_path_factory):
     m2.save_pretrained(d / "unrouted")
     tiny.model(visor=False).save_pretrained(d / "dense")
     return d, m, questions, prompts
-
-
-def call(capsys, *words):
-    """(exit status, stdout, stderr) of sample.py with these words, in this process."""
-    try:
-        sample.run(lambda: sample.main([str(w) for w in words]))
-        status = 0
-    except SystemExit as e:
-        status = e.code
-    return status, *capsys.readouterr()
 
 
 @pytest.mark.parametrize("pixels", [None, "auto", "overview", "all"])
