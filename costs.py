@@ -32,7 +32,8 @@ class Costs:
 
     def __init__(self, config, images, dense_vision):
         self.config, self.dense_vision = config, dense_vision
-        self.tiles, self.encoded = sum(image.tiling.tiles for image in images), 0
+        self.tiles = sum(image.tiling.tiles for image in images)
+        self.encoded = Counter()  # tiles, of each conversation (what makes one: all of a Route but what ran)
         self.ran, self.total, self.questions = {}, Counter(), 0  # ran: of each cache (configuration, layers) so far
 
     def add(self, route, prefix, prompt, answer):
@@ -45,7 +46,7 @@ class Costs:
         for pixels in PIXELS if decides and route.ran.pixels == "all" else [route.ran.pixels]:
             last = pixels == route.ran.pixels
             sa, stop = (route.ran.sa, c.layers) if last else (c.overview[0], c.pixel_layer)
-            ran = self.ran.setdefault((route.shared, route.sa, pixels), [])
+            ran = self.ran.setdefault((*route[:3], pixels), [])
             known = max([min([*branch_layers([sa, other]), end]) for other, end in ran], default=0)  # layers
             seen = len(prefix.v_pos) if pixels == "all" else data.overview_tokens(c)
             prefill += llm_flops(c, sa, shared, seen, head=False, layers=range(known, stop))
@@ -53,8 +54,8 @@ class Costs:
             prefill += pixel_flops(c, shared + own) if decides and pixels == "overview" else 0
             prefill += router_flops(c, shared + own, seen) if route.sa == "auto" and last and (
                 len(c.configurations(pixels)) > 1) else 0
-            tiles = max(0, (self.tiles if pixels == "all" else 1) - self.encoded)
-            self.encoded += tiles
+            tiles = max(0, (self.tiles if pixels == "all" else 1) - self.encoded[route[:3]])
+            self.encoded[route[:3]] += tiles
             encoder += tower_flops(c, tiles) + connector_flops(c, tiles)
             ran.append((sa, stop))
         llm = prefill + answer_flops(c, route.ran.sa, shared + own, seen, answer)

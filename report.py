@@ -90,7 +90,7 @@ class Report:
         for group, tasks in self.groups.items():
             lines += [[]] + [[task, *(f"{row['tasks'][task]:.3f}" for row in self.rows)] for task in tasks]
             lines.append([group.upper(), *(f"{row[group]:.3f}" for row in self.rows)])
-        return columns(lines)
+        return columns(lines) + "\n\nov: over the overview, an image's base tile alone" * bool(self.config.overview)
 
     def routes(self):
         """What the router did with each task: layers, savings, configurations in %, * that of its pseudo-label."""

@@ -37,10 +37,9 @@ from flops import within_budget
 from llava.index import kind_of, parse_sample
 from llava.samples import image_names
 
-RESULT = ("run", "answer", "tokens", "sa", "pixels", "routed", "text_tokens", "vision_tokens", "flops",
-          "error")  # of --batch
-ASKED = ("model", "sa", "pixels", "budget", "pack", "max_tokens", "temperature", "top_p",
-         "seed")  # answers depend on them
+# Keys that --batch adds to a row; the flags that answers depend on
+RESULT = "run", "answer", "tokens", "sa", "pixels", "routed", "text_tokens", "vision_tokens", "flops", "error"
+ASKED = "model", "sa", "pixels", "budget", "pack", "max_tokens", "temperature", "top_p", "seed"
 
 
 def parse(argv=None):

@@ -9,11 +9,10 @@ import json
 import statistics
 from pathlib import Path
 
-import data
 import train
 from cli import NANO, Parser, placement, run
 from config import Plan
-from evaluation import all_results
+from evaluation import accuracy, all_results
 from model import VLM
 from router import summarise
 from toy import world
@@ -41,27 +40,6 @@ def table(rows):
     return "\n".join(lines), spread
 
 
-def overview(model, eval_set, batch_size=100):
-    """{coarse task: accuracy} of a dense miniature that sees the base tile alone, its tokens and one newline.
-
-    A quilt is square, so that this is what an image costs and shows where it is one of several (data.tiling).
-    """
-    prompts, wanted = [], []
-    for image, questions in eval_set:
-        for task, question, answer in questions:
-            if task in world.STRATA["coarse"]:
-                text = data.chatml([data.place_images(question, 1)])
-                tile = data.process_image(image, model.config, single_image=False)
-                prompts.append(data.encode(text, model.tokenizer, [tile]))
-                wanted.append((task, answer))
-    correct = {}
-    for i in range(0, len(prompts), batch_size):
-        answers = model.generate(prompts[i:i + batch_size], range(model.config.layers), max_tokens=2)
-        for (task, answer), ids in zip(wanted[i:], answers):
-            correct.setdefault(task, []).append(model.tokenizer.decode(ids) == answer)
-    return {task: statistics.mean(x) for task, x in correct.items()}
-
-
 def main(argv=None):
     p = Parser(description="Evaluate the shipped miniature.")
     p.add_argument("--questions", type=int, default=1000, metavar="N", help="questions a task and seed (default: 1000)")
@@ -80,7 +58,8 @@ def main(argv=None):
         results = (all_results(visor, eval_set, c.plans),
                    all_results(dense, eval_set, [Plan(tuple(range(c.layers)))]))
         rows.append([{key: row[key] for key in kept} for row in summary(results).rows])
-        alone.append(overview(dense, eval_set))
+        coarse = [(image, [x for x in asked if x[0] in world.STRATA["coarse"]]) for image, asked in eval_set]
+        alone.append(accuracy(all_results(dense, coarse, [Plan(tuple(range(c.layers)), "overview")]), 0))
         for so_far, more in zip(everything, results):
             so_far += more
     text, spread = table(rows)

@@ -131,6 +131,14 @@ def test_auto_without_a_router_runs_the_full_configuration_and_says_so(place, ca
     assert json.loads(out)["sa"] == [1, 4] and "no router" in err and "--stage 3" in err
 
 
+def test_an_image_that_is_encoded_again_counts_again(place, capsys):
+    """A question with the image elsewhere shares nothing with the others; one that has it before it shares all."""
+    words = ["--model", place / "model", "--image", place / "a.png", "--sa", "1,4", "--max-tokens", 2, "--json"]
+    rows = call(capsys, *words, "--q", "What?", "--q", "And <image> is?", "--q", "Why?")[1].splitlines()
+    first, elsewhere, third = (json.loads(row)["flops"]["encoder"] for row in rows)
+    assert first == elsewhere > 0 == third
+
+
 def test_auto_asks_the_router_for_each_question(place, capsys):
     """Each question its own route, as the model says; an image runs again only where routes differ; a budget."""
     model = tiny.model(layers=12, visor=False)
