@@ -23,7 +23,7 @@ class Asked(NamedTuple):
     """A question as the model is asked it."""
     shared: data.Prompt  # what other questions about the same images would share
     own: data.Prompt     # the rest; goes on from `shared`
-    dense_vision: int    # visual tokens without packing
+    dense_vision: int    # visual tokens without reduction
     sa: object           # a configuration, or "auto"
     pixels: str          # as in VLM.generate
     allowed: tuple       # configurations that a router may choose; None: all
@@ -34,6 +34,7 @@ class Answer(NamedTuple):
     asked: Asked = None  # its images without pixels
     tokens: list = None  # ids, without the closing <|im_end|>
     plan: Plan = None    # what ran
+    stages: object = None  # of flops; where visual tokens were dropped inside the language model
     error: str = None    # one line: why it could not be asked
 
 
@@ -43,7 +44,7 @@ def answers(model, questions, sa="auto", batch_size=16, start=0, temperature=0.0
     A question is (text, images): paths or PIL images, where the text has <image> or before it. A ValueError in place
     of one is the reason why there is none, and becomes the answer's error.
     sa: a configuration, "auto", or a function that gives (sa, allowed) of Asked for a prompt of `text` and `vision`
-    tokens (`dense_vision` without packing). start: the first question to answer; batches are formed as without it, so
+    tokens (`dense_vision` without reduction). start: the first question to answer; batches are formed as without it, so
     that a run that goes on with the same batch_size gives the same bits. temperature, seed, pixels, how: as in
     VLM.generate; what is drawn for a question depends on the seed and its number only.
     """
@@ -115,7 +116,7 @@ def ask(model, question, choose, pixels):
     images = [x if isinstance(x, Image.Image) else pictures.load_image(x) for x in images]
     shared = data.encode(shared, model.tokenizer, [data.process_image(x, c, single) for x in images])
     own = data.encode(own, model.tokenizer, start=shared.end)
-    dense_vision = sum(data.tiling(*x.size, c.unpacked(), single).tokens for x in images)
+    dense_vision = sum(data.tiling(*x.size, c.unreduced(), single).tokens for x in images)
     sa, allowed = choose(len(shared.ids) + len(own.ids), len(shared.v_pos), dense_vision)
     pixels = c.allowed_pixels(pixels if sa == "auto" or pixels != "auto" else "all", sa, allowed)
     return Asked(shared, own, dense_vision, sa, pixels, allowed and tuple(allowed))
@@ -124,16 +125,17 @@ def ask(model, question, choose, pixels):
 def generate(model, asked, **how):
     """The Answers to a sequence of Asked with the same pixels: all "auto" with the same `allowed`, or none "auto".
     Where memory does not suffice for them, or what comes of one is not finite, one by one."""
-    prompts, routes = [data.join(x.shared, x.own) for x in asked], []
+    prompts, routes, stages = [data.join(x.shared, x.own) for x in asked], [], []
     sa = "auto" if asked[0].sa == "auto" else [x.sa for x in asked]
     try:
-        tokens = model.generate(prompts, sa, asked[0].pixels, allowed=asked[0].allowed, routes=routes, **how)
+        tokens = model.generate(prompts, sa, asked[0].pixels, allowed=asked[0].allowed, routes=routes,
+                                stages=stages, **how)
     except (MemoryError, RuntimeError, ValueError) as e:
         if not (isinstance(e, ValueError) or is_out_of_memory(e)):
             raise
         why = str(e) if isinstance(e, ValueError) else "out of memory: give smaller images or fewer"
     else:
-        return [Answer(without_pixels(x), *rest) for x, *rest in zip(asked, tokens, routes)]
+        return [Answer(without_pixels(x), *rest) for x, *rest in zip(asked, tokens, routes, stages)]
     if len(asked) == 1:  # only here, where the exception no longer holds on to tensors
         return [Answer(error=" ".join(why.split()))]
     return [answer for x in asked for answer in generate(model, [x], **how)]

@@ -123,6 +123,14 @@ class CacheTree:
         new.root.cache = [LayerCache(*(kv.select(rows) for kv in layer)) for layer in node.cache]
         return new
 
+    def ran(self, _):
+        """The flops.Stages of a prompt: no visual tokens are dropped inside."""
+
+    @property
+    def stages(self):
+        """What decoding goes on from, see pruning.PrunedCache: all layers keep the same tokens."""
+        return [(0, self.language_model.config.layers, self.past)]
+
     @property
     def end(self):
         """The position that follows the first sample's last token."""

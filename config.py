@@ -3,11 +3,12 @@
 Imports no torch (1.5 s), nor do families.py, data.py and flops.py: so flops.py and every --help answer at once.
 """
 import json
-import math
 import re
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
+
+import methods
 
 PAD = 1 << 30  # positions from here on belong to padding; every real token stands before it
 PINPOINTS = tuple((w, h) for w in range(1, 7) for h in range(1, 7))  # LLaVA-OneVision's 36 tile grids, in tiles
@@ -24,9 +25,9 @@ LIMITS = {
     **dict.fromkeys(("tile", "patch"), range(1, 4097)),
     "head_dim": range(2, 1025, 2),  # rotary positions turn pairs of features
     "vocab": range(1, (1 << 24) + 1), "max_tiles": range(1, 4097), "step": range(1 << 40),
-    "rope_theta": (1.0, 1e12), "rms_eps": (1e-12, 1.0), "vision_eps": (1e-12, 1.0), "pack": (1.0, 1e6),
+    "rope_theta": (1.0, 1e12), "rms_eps": (1e-12, 1.0), "vision_eps": (1e-12, 1.0),
     **dict.fromkeys(("route_threshold", "pixel_threshold"), (0.0, 1.0)),
-    **dict.fromkeys(("tied", "multi_image_newline", "pack_widen", "router"), [False, True]),
+    **dict.fromkeys(("tied", "multi_image_newline", "router"), [False, True]),
     "unpad": ["original", "hf"], "transparency": ["drop", "white"], "world": ["", "toy"],
     "stage": ["random", "pretrained", "0", "1", "2", "3"],
 }
@@ -72,9 +73,7 @@ class Config:
     unpad: str = "original"         # "original" truncates the unpadded side; "hf" rounds it to 7 digits before
     transparency: str = "drop"      # "drop": colours as in the file; "white": laid on white, as Hugging Face does
     multi_image_newline: bool = True  # 730 tokens for each of several images (training, Hugging Face); else 729
-    # token packing (VISOR-TR, paper 4.4 and appendix I)
-    pack: float = 1.0               # each tile has about this many times fewer tokens
-    pack_widen: bool = False        # the connector reads four sub-tokens side by side; else their mean
+    reduce: str = ""                # fewer visual tokens: a method of methods.py (paper 4.4, appendices I, L); "": all
     # VISOR
     ca: tuple = ()                  # layers that have a cross-attention (paper 4.2.1)
     sa: tuple = ()                  # layers that may run as self-attention over both streams (paper 4.2.2)
@@ -96,8 +95,13 @@ class Config:
 
     @property
     def side(self):
-        """Tokens along one side of a tile, as the language model sees it: fewer than patches where they are packed."""
-        return max(1, int(self.patches / math.sqrt(self.pack) + 0.5))
+        """Tokens along one side of a tile's grid: fewer than patches where a reduction makes the grid smaller."""
+        return self.reduction.side(self.patches)
+
+    @property
+    def reduction(self):
+        """The methods.Reduction that `reduce` names."""
+        return methods.parse(self.reduce)
 
     def vision_readers(self, sa):
         """Of a configuration: (the layers whose cross-attention runs, the last layer of all that reads vision, or -1).
@@ -123,6 +127,15 @@ class Config:
         none = allowed is not None and not set(map(tuple, allowed)) & set(self.overview)
         return "all" if pixels == "auto" and none else pixels
 
+    def check_reduction(self, sa):
+        """Raises ValueError where a reduction inside the language model does not go with `sa`: a configuration, a list
+        of them, or "auto"."""
+        every = tuple(range(self.layers))
+        if self.reduction.inside and (sa == "auto" or any(tuple(sorted(x)) != every for x in (
+                sa if isinstance(sa, list) else [sa]))):
+            raise ValueError(f"--reduce {self.reduce}: tokens go between layers of the dense configuration; give --sa "
+                             "dense")
+
     @property
     def route_layer(self):
         """The first layer in which viable configurations differ: the router decides before it (4.3). None without."""
@@ -135,9 +148,9 @@ class Config:
         common = set(self.sa).intersection(*self.viable, *self.overview)
         return 1 + min([*self.ca, *common]) if self.overview else None
 
-    def unpacked(self):
-        """The same without token packing: what savings are measured against."""
-        return replace(self, pack=1.0, pack_widen=False)
+    def unreduced(self):
+        """The same with every visual token: what savings are measured against."""
+        return replace(self, reduce="")
 
     def __post_init__(self):
         """Checks every setting, wherever it comes from. JSON has lists; ours are tuples, so that configurations can be
@@ -154,6 +167,12 @@ class Config:
             raise ValueError("pinpoints: a list of (columns, rows) is needed, each of at most 128 tiles")
         self.stop_ids = numbers("stop_ids", self.stop_ids, TOKENS)
         self._check_layers()
+        if not isinstance(self.reduce, str):
+            raise ValueError(f"reduce {short(self.reduce)}: must be the name of a method")
+        try:
+            self.reduction.check(self)
+        except ValueError as e:
+            raise ValueError(f"reduce {e}") from None
         if self.router and self.route_layer is None:
             raise ValueError("router true: it needs at least two viable configurations to choose from")
 

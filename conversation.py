@@ -10,6 +10,7 @@ from cli import timer
 from config import PIXELS, Plan
 from data import Prompt, collate
 from decoding import generate
+from pruning import PrunedCache
 
 
 class Conversation:
@@ -25,8 +26,13 @@ class Conversation:
         small = data.overview(prompt, model.config)
         self.pixels = model.config.allowed_pixels(pixels, sa) if small else "all"
         self.shift = small.end - prompt.end if small else 0
+        first = "all" if self.pixels == "all" else "overview"
         with torch.no_grad():
-            self.tree("all" if self.pixels == "all" else "overview", timings)
+            if model.config.reduction.inside:
+                model.configurations(sa)
+                self.encode(self.seen(prompt, first), timings)
+            else:
+                self.tree(first, timings)
 
     @property
     def end(self):
@@ -50,26 +56,36 @@ class Conversation:
         for prompt in self.prompts[len(tree.segments):]:
             seen = self.seen(prompt, pixels)
             if seen.images and pixels == "overview":
-                with timer(timings, "encoder", model.device):
-                    self.known = model.pieces(seen.images)
+                self.encode(seen, timings)
             model.extend(tree, collate([seen]), timings, self.known)
         return tree
 
+    def encode(self, prompt, timings):
+        with timer(timings, "encoder", self.model.device):
+            self.known = self.model.pieces(prompt.images)
+
     @torch.no_grad()
-    def answer(self, prompt, keep=False, routes=None, timings=None, **how):
+    def answer(self, prompt, keep=False, routes=None, stages=None, timings=None, **how):
         """The answer (token ids) to a prompt that goes on from here: data.encode(..., start=conversation.end).
 
-        keep: question and answer stay, so that the next turn can refer to them; otherwise all is as it was. routes: a
-        list that receives the Plan. how: as in decoding.generate."""
-        n = len(self.prompts)
+        keep: question and answer stay, so that the next turn can refer to them; otherwise all is as it was. routes,
+        stages: lists that receive the Plan and the flops.Stages. how: as in decoding.generate. Raises ValueError where
+        a turn is to be kept with a reduction that depends on the question."""
+        n, inside = len(self.prompts), self.model.config.reduction.inside
+        if keep and inside:
+            raise ValueError(f"--reduce {self.model.config.reduce}: which tokens go depends on the question, so a "
+                             "conversation has nothing to go on from; ask with --q")
         try:
-            pixels, tree = self.ask(prompt, timings, how.get("allowed"))
-            (answer,), (ran,) = generate(self.model, tree, [self.seen(prompt, pixels)], self.sa, timings=timings, **how)
+            pixels, tree = (self.ask_anew if inside else self.ask)(prompt, timings, how.get("allowed"))
+            seen = tree.prompts[0] if inside else self.seen(prompt, pixels)
+            (answer,), (ran,) = generate(self.model, tree, [seen], self.sa, timings=timings, **how)
         except BaseException:   # Ctrl-C too
             self.truncate(n)
             raise
         if routes is not None:
             routes[:] = [Plan(ran, pixels)]
+        if stages is not None:
+            stages[:] = [tree.ran(0)]
         if keep:                # the answer's keys stand in the cache of its own route; others run it when they need it
             closed = answer + self.model.tokenizer.encode("<|im_end|>\n", add_special_tokens=False).ids
             turn = Prompt(closed, [prompt.end + i for i in range(len(closed))], [], [], [])
@@ -77,6 +93,12 @@ class Conversation:
         else:                   # its cache positions are written again by the next question
             self.truncate(n)
         return answer
+
+    def ask_anew(self, prompt, timings, _):
+        """`ask` where visual tokens go by what is asked: images and question run together."""
+        pixels = "all" if self.pixels == "all" else "overview"
+        whole = data.join(*(self.seen(x, pixels) for x in (self.prompts[0], prompt)))
+        return pixels, PrunedCache(self.model, [whole], self.capacity, timings, self.known)
 
     def ask(self, prompt, timings, allowed=None):
         """(pixels, the tree with them): the ones that a question gets, with the question at its end."""

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import data
 from cli import counted
 from config import PIXELS, Plan, branch_layers
-from flops import answer_flops, connector_flops, llm_flops, pixel_flops, router_flops, sa_name, tower_flops
+from flops import (answer_flops, connector_flops, llm_flops, pixel_flops, prompt_flops, router_flops, sa_name,
+                   tower_flops)
 
 
 class Route(NamedTuple):
@@ -15,26 +16,34 @@ class Route(NamedTuple):
     sa: object      # of VLM.generate
     pixels: str     # likewise
     ran: Plan
+    stages: object = None  # flops.Stages, where visual tokens were dropped inside
 
 
 def report_of(model, costs, route, prefix, prompt, tokens):
     """What --json says of an answer, `tokens`. route, prefix, prompt: as in Costs.add."""
     vision = len(prefix.v_pos) if route.ran.pixels == "all" else data.overview_tokens(model.config)
+    reduce = model.config.reduce
     return {"answer": model.tokenizer.decode(tokens).strip(), "tokens": tokens, "sa": list(route.ran.sa),
-            "pixels": route.ran.pixels, "routed": route.sa == "auto",
+            "pixels": route.ran.pixels, "reduce": reduce, "routed": route.sa == "auto",
             "text_tokens": len(prefix.ids) + len(prompt.ids), "vision_tokens": vision,
             "flops": costs.add(route, prefix, prompt, len(tokens))}
 
 
 class Costs:
-    """Operations of a run's questions as they were run, and of dense without packing asked the same. In both, images
+    """Operations of a run's questions as they were run, and of dense without reduction asked the same. In both, images
     and shared text count once."""
 
     def __init__(self, config, images, dense_vision):
-        self.config, self.dense_vision = config, dense_vision
+        self.config, self.plain, self.dense_vision = config, config.unreduced(), dense_vision
         self.tiles = sum(image.tiling.tiles for image in images)
         self.encoded = Counter()  # tiles, of each conversation (what makes one: all of a Route but what ran)
         self.ran, self.total, self.questions = {}, Counter(), 0  # ran: of each cache (configuration, layers) so far
+
+    def encode(self, route, pixels):
+        """Operations of encoding the tiles that a conversation has not encoded yet."""
+        tiles = max(0, (self.tiles if pixels == "all" else 1) - self.encoded[route[:3]])
+        self.encoded[route[:3]] += tiles
+        return tower_flops(self.config, tiles) + connector_flops(self.config, tiles)
 
     def add(self, route, prefix, prompt, answer):
         """FLOPs of one more question: what was spent on it, and what was saved over all so far. prefix, prompt: over
@@ -43,7 +52,11 @@ class Costs:
         new = not any(key[0] == route.shared for key in self.ran)  # to dense, which has one cache
         decides = route.pixels == "auto" and data.has_overview(prefix)
         prefill = encoder = 0
-        for pixels in PIXELS if decides and route.ran.pixels == "all" else [route.ran.pixels]:
+        if route.stages:  # nothing is shared but the encoder's work
+            self.ran.setdefault((*route[:3], route.ran.pixels), [])
+            encoder = self.encode(route, route.ran.pixels)
+            prefill = prompt_flops(c, route.ran.sa, shared + own, route.stages)
+        for pixels in PIXELS if decides and route.ran.pixels == "all" else [route.ran.pixels] * (not route.stages):
             last = pixels == route.ran.pixels
             sa, stop = (route.ran.sa, c.layers) if last else (c.overview[0], c.pixel_layer)
             ran = self.ran.setdefault((*route[:3], pixels), [])
@@ -54,16 +67,14 @@ class Costs:
             prefill += pixel_flops(c, shared + own) if decides and pixels == "overview" else 0
             prefill += router_flops(c, shared + own, seen) if route.sa == "auto" and last and (
                 len(c.configurations(pixels)) > 1) else 0
-            tiles = max(0, (self.tiles if pixels == "all" else 1) - self.encoded[route[:3]])
-            self.encoded[route[:3]] += tiles
-            encoder += tower_flops(c, tiles) + connector_flops(c, tiles)
+            encoder += self.encode(route, pixels)
             ran.append((sa, stop))
-        llm = prefill + answer_flops(c, route.ran.sa, shared + own, seen, answer)
+        llm = prefill + answer_flops(c, route.ran.sa, shared + own, route.stages or seen, answer)
 
         everything, tiles = range(c.layers), self.tiles if new else 0
         dense = llm_flops(c, everything, shared, self.dense_vision, head=False, layers=everything if new else ())
         dense += llm_flops(c, everything, own, 0, shared, self.dense_vision)
-        dense_encoder = tower_flops(c, tiles) + connector_flops(c.unpacked(), tiles)
+        dense_encoder = tower_flops(self.plain, tiles) + connector_flops(self.plain, tiles)
         dense_llm = dense + answer_flops(c, everything, shared + own, self.dense_vision, answer)
 
         self.questions += 1

@@ -7,6 +7,7 @@ line that differs. Training files are read in llava/ (`python -m llava --check F
 import json
 import math
 import re
+from bisect import bisect
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
+import methods
 from cli import counted
 from config import PAD
 from pictures import SampleError, to_rgb
@@ -35,6 +37,7 @@ class Tiling(NamedTuple):
     interpolated: bool  # above max_tiles' worth of tokens the grid is interpolated down to `size`
     newlines: int    # image_newline vectors: one a row, or one after a lone tile
     tokens: int      # visual tokens in all, newlines included
+    side: int        # tokens along one side of a tile, or of the grid that a reduction picks from
 
     @property
     def tiles(self):
@@ -44,13 +47,16 @@ class Tiling(NamedTuple):
 def tiling(width, height, config, single_image=True, max_tiles=None):
     """Tile grid and token count of an image of width x height pixels (LLaVA-OneVision, anyres_max_9 + spatial_unpad).
 
+    Where a reduction picks patches there are no rows any more: no newlines, nothing is interpolated, and with VisionZip
+    and VisPruner nothing is unpadded, as in the official code for LLaVA-NeXT; HiRED picks from what sees the picture.
     single_image: it is the only image of its conversation. Of several, each is padded to a square and is one tile.
     max_tiles: the most tiles that the grid may have, the base tile not counted (default: as many as config allows).
     """
-    side, tile = config.side, config.tile
+    side, tile, reduction = config.side, config.tile, config.reduction
     if not single_image:
         newlines = int(config.multi_image_newline)
-        return Tiling(None, None, (0, 0), (0, 0), (0, 0), False, newlines, side * side + newlines)
+        return Tiling(None, None, (0, 0), (0, 0), (0, 0), False, newlines,
+                      reduction.tokens(config.patches) + newlines, side)
 
     def fit(grid):  # the larger image area wins, then the smaller waste, then the earlier grid
         w, h = grid[0] * tile, grid[1] * tile
@@ -70,14 +76,19 @@ def tiling(width, height, config, single_image=True, max_tiles=None):
         crop = (kept_h - truncate(height * (kept_w / width))) // 2, 0
     else:
         crop = 0, (kept_w - truncate(width * (kept_h / height))) // 2
+    if reduction.method in methods.PICKED:
+        crop = 0, 0
     kept_h, kept_w = kept_h - 2 * crop[0], kept_w - 2 * crop[1]
+    if reduction.picks:
+        tokens = reduction.tokens(side, 1 + rows * columns, side * side + kept_h * kept_w)
+        return Tiling((w, h), resized, (rows, columns), crop, (kept_h, kept_w), False, 0, tokens, side)
 
     times = math.sqrt(kept_h * kept_w / (config.max_tiles * side * side)) if config.max_tiles else 1.0
     interpolated = times > 1.1  # so up to 1.21 * max_tiles tiles' worth stays as it is
     if interpolated:
         kept_h, kept_w = int(kept_h // times), int(kept_w // times)
     return Tiling((w, h), resized, (rows, columns), crop, (kept_h, kept_w), interpolated, kept_h,
-                  side * side + kept_h * (kept_w + 1))
+                  side * side + kept_h * (kept_w + 1), side)
 
 
 # A byte's value in the network, looked up on the device. Through float64, as Hugging Face's processor: the same bits
@@ -235,7 +246,7 @@ def join(a, b):
 
 def overview_tokens(config):
     """Visual tokens of an overview."""
-    return config.side ** 2 + 1
+    return config.reduction.tokens(config.patches) + 1
 
 
 def has_overview(prompt):
@@ -250,12 +261,22 @@ def overview(prompt, config):
         return None
     image, = prompt.images
     lone = tiling(0, 0, config, single_image=False)._replace(newlines=1, tokens=overview_tokens(config))
-    first, dropped = prompt.v_pos[0], image.tiling.tokens - lone.tokens
+    return with_tokens(prompt, [lone.tokens])._replace(images=[ProcessedImage(image.pixels[:1], lone)])
+
+
+def with_tokens(prompt, counts):
+    """The same prompt where each image takes as many positions as `counts` says, and all else closes up."""
+    firsts, before = [prompt.v_img.index(i) for i in range(len(counts))], [0]
+    for i, (first, end) in enumerate(zip(firsts, firsts[1:] + [len(prompt.v_img)])):
+        before.append(before[i] + end - first - counts[i])  # positions that the first i images no longer take
+    starts = [prompt.v_pos[i] for i in firsts]
 
     def closer(positions):
-        return [p - dropped if p > first else p for p in positions]
-    return Prompt(prompt.ids, closer(prompt.t_pos), list(range(first, first + lone.tokens)), [0] * lone.tokens,
-                  [ProcessedImage(image.pixels[:1], lone)], closer(prompt.answer_starts))
+        return [p - before[bisect(starts, p)] for p in positions]
+    v_img = [i for i, n in enumerate(counts) for _ in range(n)]
+    v_pos = [starts[i] - before[i] + k for i, n in enumerate(counts) for k in range(n)]
+    return prompt._replace(t_pos=closer(prompt.t_pos), v_pos=v_pos, v_img=v_img,
+                           answer_starts=closer(prompt.answer_starts))
 
 
 def moved(prompt, by):

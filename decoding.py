@@ -5,7 +5,6 @@ start than to run.
 """
 from functools import partial
 
-import numpy as np
 import torch
 
 from cli import not_finite, timer
@@ -39,22 +38,20 @@ def generate(model, tree, prompts, sa, max_tokens=64, temperature=0.0, top_p=1.0
             last = [len(prompts[i].ids) - 1 for i in rows]            # padding stands behind
             logits = model.head(model.language_model.norm(t[torch.arange(len(rows)), last]))  # (rows, vocab)
         with timer(timings, "decode", model.device):
-            position = np.array([prompts[i].end for i in rows])       # of the first token to come
             sampler = partial(sample_token, temperature=temperature, top_p=top_p,
                               random=torch.Generator(model.device).manual_seed(seed))
             emit = on_token and (lambda i, token, rows=rows: on_token(rows[i], token))
-            for i, answer in zip(rows, decode(model, logits, branch.past, position, own, cache, max_tokens, sampler,
-                                              emit)):
+            for i, answer in zip(rows, decode(model, logits, branch.stages, own, cache, max_tokens, sampler, emit)):
                 answers[i] = answer
     return answers, chosen
 
 
-def decode(model, logits, past, position, sa, cache, max_tokens, sampler, on_token=None):
+def decode(model, logits, stages, sa, cache, max_tokens, sampler, on_token=None):
     """The answers (token id lists) that begin by logits (B, vocab).
 
-    past, cache: what came before, as in CacheTree; position (B,): where the first tokens stand; sampler: logits ->
-    tokens (B,); on_token(i, id) is called for each token as it comes. An answer ends before one of the model's stop
-    tokens. Raises ValueError where logits are not finite.
+    stages, cache: what came before, as in CacheTree; sampler: logits -> tokens (B,); on_token(i, id) is called for each
+    token as it comes. An answer ends before one of the model's stop tokens. Raises ValueError where logits are not
+    finite.
     """
     answers, running, taken, steps = [[] for _ in range(len(logits))], set(range(len(logits))), 0, None
     stop_ids = {model.stop_id, *model.config.stop_ids}
@@ -74,21 +71,23 @@ def decode(model, logits, past, position, sa, cache, max_tokens, sampler, on_tok
         if not running:
             return answers
         if not (steps and steps.left):               # the first stretch, or a very long answer's next one
-            now = past._replace(text=past.text + taken)
-            steps = Steps(model, now, position + taken, sa, cache, min(max_tokens - taken, STRETCH))
+            now = [(start, stop, past._replace(text=past.text + taken)) for start, stop, past in stages]
+            steps = Steps(model, now, sa, cache, min(max_tokens - taken, STRETCH))
         logits, taken = steps(tokens), taken + 1
 
 
 class Steps:
     """The next `left` decoding steps of a batch, over caches of fixed length."""
 
-    def __init__(self, model, past, position, sa, cache, left):
+    def __init__(self, model, stages, sa, cache, left):
         """Arguments: as in `decode`."""
         self.model, self.sa, self.cache, self.left = model, sa, cache, left
-        self.layout = DecodeLayout(past, position, left, model.config, model.device,
-                                   compute_dtype(model.image_newline))
-        for l, layer in enumerate(cache):
-            layer.self_attn.reserve(self.layout.lengths[l in sa])
+        self.stages, dtype = [], compute_dtype(model.image_newline)
+        for start, stop, past in stages:
+            layout = DecodeLayout(past, past.text + past.vision, left, model.config, model.device, dtype)
+            self.stages.append((start, stop, layout))
+            for l in range(start, stop):
+                cache[l].self_attn.reserve(layout.lengths[l in sa])
         self.replays = model.device.type == "cuda" and not model.training  # FSDP, autocast do more than can be recorded
         self.taken, self.graph = 0, None
 
@@ -107,7 +106,7 @@ class Steps:
         return self.logits
 
     def step(self, tokens):
-        return self.model.decode_step(tokens, self.layout, self.sa, self.cache)
+        return self.model.decode_step(tokens, self.stages, self.sa, self.cache)
 
 
 def sample_token(logits, temperature, top_p, random):

@@ -4,7 +4,8 @@ Drawn with Pillow alone. Used by `sample.py --explain out.png`.
 """
 import textwrap
 import unicodedata
-from functools import lru_cache
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,9 +49,25 @@ def attention_to_images(model, prompt, answer, sa):
             scores = scores.masked_fill(torch.arange(len(k), device=q.device) > seen[:, None], float("-inf"))
         weights = scores.softmax(-1).mean((0, 1))  # (keys,)
         found[l] = (weights[whole.v_pos] if kind == "self" else weights).cpu().numpy()
-    with torch.no_grad(), model.observe_attention(observe):
+    with torch.no_grad(), observed(model, observe):
         model(collate([whole]), tuple(sa))
     return found
+
+
+@contextmanager
+def observed(model, observer):
+    """Within, every attention of the language model also calls observer(layer, kind, q, k, mask) before it runs: kind
+    "self" (q and k rotated) or "cross", q (B, Nq, H, D), k (B, Nk, Hkv, D), mask as in layers.attention."""
+    lm = model.language_model
+    watched = [(l, "self", block.self_attn) for l, block in enumerate(lm.layers)]
+    watched += [(int(l), "cross", cross) for l, cross in lm.cross.items()]
+    for l, kind, module in watched:
+        module.observer = partial(observer, l, kind)  # called in Attention.attend, CrossAttention.forward
+    try:
+        yield
+    finally:
+        for *_, module in watched:
+            module.observer = None
 
 
 def draw(path, images, processed, config, report, attention, questions=1):

@@ -16,26 +16,46 @@ import json
 import math
 import re
 import sys
+import textwrap
+from dataclasses import replace
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from cli import Parser, checkpoint_path, counted, run
-from config import LIMITS, PIXELS, PRESETS, checked, preset
+from config import PIXELS, PRESETS, checked, preset
 from data import overview_tokens, tiling
 from families import read_config
+from methods import PICKED, add_flags, given, recycled_count, sparse_count
 
 # --- operations -----------------------------------------------------------------------------------------------------
 
 
 def tower_flops(c, tiles):
-    """The SigLIP tower over `tiles` tiles."""
+    """The SigLIP tower over `tiles` tiles, and what a reduction does there to choose among their patches."""
     n, d = c.patches ** 2, c.vision_hidden
     layer = 2 * n * (4 * d * d + 2 * d * c.vision_ffn) + 4 * n * n * d
-    return tiles * (2 * n * 3 * c.patch ** 2 * d + c.vision_layers * layer)
+    return tiles * (2 * n * 3 * c.patch ** 2 * d + c.vision_layers * layer + selection_flops(c))
+
+
+def selection_flops(c):
+    """Of one tile: queries, keys and weights of the layers that score patches, and likenesses of patches."""
+    r, n, d = c.reduction, c.patches ** 2, c.vision_hidden
+    if not r.picks:
+        return 0
+    scores = (1 + (r.method == "hired")) * (4 * n * d * d + 2 * n * n * d)
+    if r.method == "visionzip":
+        dominant, contextual = r.of_tile(c.patches)
+        merged = n - dominant - contextual
+        return scores + 2 * merged * contextual * (d // c.vision_heads + d)
+    return scores + (2 * n * n * d if r.method == "vispruner" else 0)
 
 
 def connector_flops(c, tiles):
-    """The connector over the packed tokens of `tiles` tiles."""
-    return 2 * tiles * c.side ** 2 * (c.vision_hidden * (4 if c.pack_widen else 1) * c.hidden + c.hidden ** 2)
+    """The connector over the tokens of `tiles` tiles, of which some methods make fewer before it."""
+    r = c.reduction
+    tokens = r.tokens(c.patches) if r.method == "pack" or r.method in PICKED else c.patches ** 2
+    return 2 * tiles * tokens * (c.vision_hidden * (4 if r.option == "widen" else 1) * c.hidden + c.hidden ** 2)
 
 
 def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False, head=True, layers=None):
@@ -71,9 +91,64 @@ def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False, head
 
 def answer_flops(c, sa, text, vision, answer):
     """The tokens of an answer after the first, which the prompt gives: answer - 1 steps from the cache. Each costs as
-    much more than the one before, so all together cost as many times the mean of the first and the last."""
+    much more than the one before, so all together cost as many times the mean of the first and the last.
+    vision: visual tokens, or the Stages of a prompt."""
     steps = answer - 1
-    return steps * sum(llm_flops(c, sa, 1, 0, past, vision) for past in (text, text + steps - 1)) // 2
+    return steps * sum(token_flops(c, sa, past, vision) for past in (text, text + steps - 1)) // 2
+
+
+class Stages(NamedTuple):
+    """How many visual tokens a prompt has in the layers of the language model, where a reduction drops some inside."""
+    counts: list      # of each stage: of each image its tokens
+    raters: int = 1   # text tokens whose attention decided
+    asked: int = 0    # text tokens among which SparseVLM looked for them
+
+
+def expected_stages(c, text, images):
+    """The Stages of a prompt whose images have so many tokens each. What SparseVLM keeps depends on the question: here
+    every third text token is a rater, and their attention has full rank."""
+    r, raters, counts = c.reduction, max(1, text // 3), [list(images)]
+    for k, _ in enumerate(r.drops(c.layers) if r.inside else ()):
+        if r.method == "pyramiddrop":
+            counts.append([r.pyramid_count(k, first, c.layers) for first in images])
+            continue
+        counts.append([])
+        for first, n in zip(images, counts[-2]):
+            kept = sparse_count(raters, n, r.sparse_scale(first))
+            counts[-1].append(kept + (0 if r.option == "drop" else recycled_count(n - kept)))
+    return Stages(counts, raters, text) if r.method == "sparsevlm" else Stages(counts)
+
+
+def by_layer(c, stages):
+    """[(layers, visual tokens of each image)] of Stages, or of a number of tokens in all layers."""
+    if not isinstance(stages, Stages):
+        return [(range(c.layers), [stages])]
+    edges = [0, *(c.reduction.drops(c.layers) if c.reduction.inside else ()), c.layers]
+    return [(range(*edge), counts) for edge, counts in zip(pairwise(edges), stages.counts)]
+
+
+def prompt_flops(c, sa, text, stages, paper=False):
+    """The language model over a prompt, and the choices that a reduction makes on the way. stages: of a prompt, or its
+    visual tokens."""
+    parts = by_layer(c, stages)
+    total = sum(llm_flops(c, sa, text, sum(counts), paper=paper, head=False, layers=own) for own, counts in parts)
+    return total + 2 * c.hidden * c.vocab + (pruning_flops(c, text, stages) if len(parts) > 1 else 0)
+
+
+def token_flops(c, sa, text, stages):
+    """One token of an answer behind so much text."""
+    return 2 * c.hidden * c.vocab + sum(llm_flops(c, sa, 1, 0, text, sum(counts), head=False, layers=own)
+                                        for own, counts in by_layer(c, stages))
+
+
+def pruning_flops(c, text, stages):
+    """What choosing costs: queries of some text tokens, keys of all, and what makes SparseVLM's raters; not its
+    clusters, under 0.1 %."""
+    counts, raters, asked = stages
+    wide, narrow, total = c.heads * c.head_dim, c.kv_heads * c.head_dim, 2 * sum(counts[0]) * asked * c.hidden
+    for tokens in (text + sum(now) for now in counts[:-1]):
+        total += 2 * (raters * c.hidden * wide + tokens * c.hidden * narrow + raters * tokens * wide)
+    return total
 
 
 def router_flops(c, text, vision):
@@ -95,8 +170,10 @@ def scores_flops(c, sa, text, vision, stop, choices):
 # --- memory and parameters ------------------------------------------------------------------------------------------
 
 def cache_bytes(c, sa, text, vision, itemsize=2):
-    """Keys and values: text and vision in self-attention layers, text in the others, vision in cross-attentions."""
-    tokens = sum(text + vision * (l in sa) for l in range(c.layers)) + len(c.vision_readers(sa)[0]) * vision
+    """Keys and values: text and vision in self-attention layers, text in the others, vision in cross-attentions.
+    vision: visual tokens, or the Stages of a prompt."""
+    tokens = sum(len(own) * text + sum(counts) * sum((l in sa) + (l in c.vision_readers(sa)[0]) for l in own)
+                 for own, counts in by_layer(c, vision))
     return tokens * 2 * c.kv_heads * c.head_dim * itemsize
 
 
@@ -165,14 +242,15 @@ def parse(argv=None):
                    "from the base tile alone (default: all)")
     p.add_argument("--text", type=int, default=40, metavar="N", help="text tokens of the prompt (default: 40)")
     p.add_argument("--answer", type=int, default=16, metavar="N", help="tokens of the answer (default: 16)")
-    p.add_argument("--pack", type=float, metavar="R", help="token packing: about R times fewer tokens a tile")
+    add_flags(p)
     p.add_argument("--sa", action="append", metavar="LAYERS", help="a configuration: dense, none or 1,4,7; may be "
                    "given several times (default: dense, none and all viable ones)")
     p.add_argument("--batch", type=int, default=1, metavar="B", help="prompts at once (default: 1)")
     p.add_argument("--plot", metavar="FILE.png", help="draw operations against visual tokens (needs matplotlib)")
     p.add_argument("--json", action="store_true", help="the numbers as one JSON object")
     args = p.parse_args(argv)
-    limits = {**dict.fromkeys(("tiles", "text", "answer", "batch"), range(1, (1 << 30) + 1)), "pack": LIMITS["pack"]}
+    given(p, args)
+    limits = dict.fromkeys(("tiles", "text", "answer", "batch"), range(1, (1 << 30) + 1))
     for name in limits:
         if getattr(args, name) is not None:
             try:
@@ -196,44 +274,43 @@ def settings(args):
         raise ValueError(f"--model {args.model}: no such preset or directory; give one of {', '.join(PRESETS)}, nano")
     if not c.ca and not c.sa:
         c.add_visor()
-    if args.pack is not None:
-        c.pack = args.pack
-    return c
+    return c if args.reduce is None else replace(c, reduce=args.reduce)
 
 
 def images(args, c):
-    """(tiles, visual tokens) of the prompt."""
+    """(tiles, [visual tokens of each image]) of the prompt."""
     if args.pixels == "overview":
-        return 1, overview_tokens(c)
+        return 1, [overview_tokens(c)]
     if args.tiles:
-        return args.tiles, args.tiles * c.side ** 2
+        return args.tiles, [c.reduction.tokens(c.patches, args.tiles)]
     sizes = []
     for text in args.image or ["1024x768"]:
         if not re.fullmatch("[1-9][0-9]{0,6}x[1-9][0-9]{0,6}", text):
             raise ValueError(f"--image {text}: give a size in pixels such as 1024x768")
         sizes.append(tuple(map(int, text.split("x"))))
     found = [tiling(w, h, c, single_image=len(sizes) == 1) for w, h in sizes]
-    return sum(t.tiles for t in found), sum(t.tokens for t in found)
+    return sum(t.tiles for t in found), [t.tokens for t in found]
 
 
-def count(c, configurations, text, vision, tiles, answer, batch):
-    """One row of numbers for each configuration; operations and bytes are those of the whole batch."""
+def count(c, configurations, text, images, tiles, answer, batch):
+    """One row of numbers for each configuration; operations and bytes are those of the whole batch. images: the visual
+    tokens of each."""
     encoder, connector = batch * tower_flops(c, tiles), batch * connector_flops(c, tiles)
-    rows = []
+    stages, rows = expected_stages(c, text, images), []
     for sa in configurations:
-        prefill = batch * llm_flops(c, sa, text, vision)
-        rest = batch * answer_flops(c, sa, text, vision, answer)
+        prefill = batch * prompt_flops(c, sa, text, stages)
+        rest = batch * answer_flops(c, sa, text, stages, answer)
         rows.append({"sa": sa_name(c, sa), "prefill": prefill, "answer": rest,
-                     "token": batch * llm_flops(c, sa, 1, 0, text, vision),
-                     "prefill_paper": batch * llm_flops(c, sa, text, vision, paper=True),
+                     "token": batch * token_flops(c, sa, text, stages),
+                     "prefill_paper": batch * prompt_flops(c, sa, text, stages, paper=True),
                      "encoder": encoder, "connector": connector, "total": encoder + connector + prefill + rest,
-                     "cache_bytes": batch * cache_bytes(c, sa, text + answer, vision),
-                     "activation_bytes": batch * activation_bytes(c, sa, text, vision)})
+                     "cache_bytes": batch * cache_bytes(c, sa, text + answer, stages),
+                     "activation_bytes": batch * activation_bytes(c, sa, text, sum(images))})
     return rows
 
 
 def compare(rows, dense):
-    """Adds each row's savings over the dense row, which is never packed, so that packing shows as saving."""
+    """Adds each row's savings over the dense row, which is never reduced, so that reduction shows as saving."""
     for r in rows:
         r["saving_paper"] = dense["prefill_paper"] / r["prefill_paper"]
         r["saving_executed"] = (dense["prefill"] + dense["answer"]) / (r["prefill"] + r["answer"])
@@ -245,21 +322,27 @@ def compare(rows, dense):
 def main(argv=None):
     args = parse(argv)
     c = settings(args)
-    tiles, vision = images(args, c)
+    tiles, tokens = images(args, c)
+    vision = sum(tokens)
     overview, args.pixels = args.pixels == "overview", "all"  # dense looks at everything
-    dense_tiles, dense_vision = images(args, c.unpacked())
+    dense_tiles, dense_tokens = images(args, c.unreduced())
     every = tuple(range(c.layers))
     asked = [every, *sorted({(), *c.viable}, key=lambda sa: (-len(sa), sa))]
+    if c.reduction.inside:
+        asked = [every]
     if args.sa:
         asked = [c.configuration(text) for text in args.sa]
-    rows = count(c, asked, args.text, vision, tiles, args.answer, args.batch)
-    dense = count(c.unpacked(), [every], args.text, dense_vision, dense_tiles, args.answer, args.batch)[0]
+        c.check_reduction(asked)
+    rows = count(c, asked, args.text, tokens, tiles, args.answer, args.batch)
+    dense = count(c.unreduced(), [every], args.text, dense_tokens, dense_tiles, args.answer, args.batch)[0]
     report = {"model": args.model, "tiles": tiles, "overview": overview, "visual_tokens": vision,
-              "dense_visual_tokens": dense_vision, "text_tokens": args.text, "answer_tokens": args.answer,
-              "batch": args.batch, "pack": c.pack,
+              "dense_visual_tokens": sum(dense_tokens), "text_tokens": args.text, "answer_tokens": args.answer,
+              "batch": args.batch, "reduce": c.reduce,
+              "visual_tokens_by_layer": [sum(counts) for own, counts in by_layer(c, expected_stages(
+                  c, args.text, tokens)) for _ in own],
               "parameters": {"llm": llm_parameters(c), "cross_attention": cross_parameters(c)},
               "rows": compare(rows, dense)}
-    if c.route_layer:
+    if c.route_layer and not c.reduction.inside:
         least = min(c.viable, key=lambda sa: llm_flops(c, sa, args.text, vision))
         report["router"] = {"flops": args.batch * router_flops(c, args.text, vision), "cheapest": sa_name(c, least),
                             "share": router_flops(c, args.text, vision) / llm_flops(c, least, args.text, vision)}
@@ -283,7 +366,7 @@ def page(c, r):
            f"  prompt          {counted(r['tiles'], 'tile')}{' (the overview)' * r['overview']}, "
            f"{counted(r['visual_tokens'], 'visual token')}, "
            f"{counted(r['text_tokens'], 'text token')}; answer {r['answer_tokens']}",
-           *[f"  packing         {c.pack:g}: dense has {r['dense_visual_tokens']:,} visual tokens"] * (c.pack > 1),
+           *reduction_lines(c, r),
            *[f"  batch           {r['batch']}, operations and bytes are those of all"] * (r["batch"] > 1), "",
            "One layer over n tokens of d features (H: all heads together, K: all kv heads):",
            "  projections 4 n d (H + K)   MLP 6 n d ffn   attention 4 n n H, causal: half",
@@ -309,6 +392,20 @@ def page(c, r):
     out += [f"{row['sa']:24}{row['cache_bytes'] / 1e6:>12,.1f}{row['activation_bytes'] / 1e6:>26,.1f}"
             for row in r["rows"]]
     return "\n".join(out)
+
+
+def reduction_lines(c, r):
+    """Of the page: what a reduction leaves."""
+    if not c.reduce:
+        return []
+    out = [f"  reduction       {c.reduce}: dense has {r['dense_visual_tokens']:,} visual tokens"]
+    if c.reduction.inside:
+        runs = [(len(list(group)), n) for n, group in groupby(r["visual_tokens_by_layer"])]
+        out += textwrap.wrap("visual tokens: " + ", ".join(f"{n:,} in {counted(k, 'layer')}" for k, n in runs), 62,
+                             initial_indent=" " * 18, subsequent_indent=" " * 18)
+    if c.reduction.method == "sparsevlm":
+        out.append(" " * 18 + "if a third of the text tokens rate them, none alike")
+    return out
 
 
 def giga(flops):

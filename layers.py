@@ -111,7 +111,7 @@ class Attention(nn.Module):
         # Qwen2 has biases here, and none in o_proj. Fewer keys and values than queries: the cache is smaller
         self.qkv_proj = Linear(c.hidden, (c.heads + 2 * c.kv_heads) * c.head_dim)
         self.o_proj = Linear(c.heads * c.head_dim, c.hidden, bias=False)
-        self.observer = None  # called with (q, k, mask) each time: see VLM.observe_attention
+        self.observer = None  # called with (q, k, mask) each time: see explain.observed
 
     def project(self, x, *rope):
         """x (..., d), rope: (cos, sin) of its positions -> q (..., H, D), kv (..., 2 * Hkv, D): keys, then values."""
@@ -124,6 +124,19 @@ class Attention(nn.Module):
         (wq, wkv), (bq, bkv) = self.qkv_proj.weight.split(rows), self.qkv_proj.bias.split(rows)
         q, kv = F.linear(x, wq, bq).unflatten(-1, shape), F.linear(context, wkv, bkv).unflatten(-1, shape)
         return rotate(q, self.heads, rope_q), rotate(kv, self.kv_heads, rope_k)
+
+    def weights(self, x, rows, rope):
+        """What some tokens of one sequence attend to, mean over heads, in float32: x (N, d), rows (n,), rope: (cos,
+        sin) of all N -> (n, N)."""
+        sizes = [h * self.head_dim for h in (self.heads, self.kv_heads, self.kv_heads)]
+        (wq, wk, _), (bq, bk, _) = self.qkv_proj.weight.split(sizes), self.qkv_proj.bias.split(sizes)
+        q, k = (F.linear(a, w, b).unflatten(-1, (-1, self.head_dim)) for a, w, b in ((x[rows], wq, bq), (x, wk, bk)))
+        q, k = rotate(q, self.heads, [r[rows] for r in rope]), rotate(k, self.kv_heads, rope)   # (n | N, heads, D)
+        q = q.unflatten(1, (self.kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)               # (Hkv, group * n, D)
+        scores = (q @ k.permute(1, 2, 0)).float() * self.head_dim ** -0.5                       # (Hkv, group * n, N)
+        later = torch.arange(len(x), device=x.device) > rows[:, None]                           # (n, N)
+        scores = scores.unflatten(1, (-1, len(rows))).masked_fill(later, float("-inf"))
+        return scores.softmax(-1).mean((0, 1))
 
     def attend(self, q, kv, at, cache=None):
         """q, kv of the new tokens, at: AttentionInputs, cache: KV of what came before. Returns (B, Nq, H * D)."""
@@ -253,7 +266,8 @@ class Connector(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.linear_1 = nn.Linear(c.vision_hidden * (4 if c.pack_widen else 1), c.hidden)  # widened: 4 sub-tokens
+        widened = 4 if c.reduction.option == "widen" else 1  # sub-tokens
+        self.linear_1 = nn.Linear(c.vision_hidden * widened, c.hidden)
         self.linear_2 = nn.Linear(c.hidden, c.hidden)
 
     def forward(self, x):  # (..., vision_hidden) -> (..., d)

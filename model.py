@@ -5,8 +5,6 @@ to visual tokens, the route (4.3), generation, encode once and ask many. There a
 the language model.
 """
 import math
-from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import data
+import methods
 import weights
+from arrange import Pieces, arrange
 from cache_tree import CacheTree
 from cli import not_finite, timer
 from config import Plan, group_by_configuration
@@ -26,7 +26,8 @@ from encoders.siglip import VisionTower
 from flops import llm_flops
 from layers import Block, Connector, CrossAttention, Policy, RMSNorm, linear
 from layout import LayerCache, Past, compute_dtype, make_layout, make_routing_layout, round_up, upload
-from reduction import reduce
+from pruning import PrunedCache
+from reduction import observed_layers, reduce_tiles
 
 
 class LanguageModel(nn.Module):
@@ -113,55 +114,34 @@ class VLM(nn.Module):
         for cross in self.language_model.cross.values():
             cross.queries, cross.keys_values = by_token(cross.queries), by_token(cross.keys_values)
 
-    @contextmanager
-    def observe_attention(self, observer):
-        """Within, every attention of the language model also calls observer(layer, kind, q, k, mask) before it runs:
-        kind "self" (q and k rotated) or "cross", q (B, Nq, H, D), k (B, Nk, Hkv, D), mask as in layers.attention."""
-        lm = self.language_model
-        watched = [(l, "self", block.self_attn) for l, block in enumerate(lm.layers)]
-        watched += [(int(l), "cross", cross) for l, cross in lm.cross.items()]
-        for l, kind, module in watched:
-            module.observer = partial(observer, l, kind)  # called in Attention.attend, CrossAttention.forward
-        try:
-            yield
-        finally:
-            for *_, module in watched:
-                module.observer = None
-
     # --- images to visual tokens ---
 
     def encode(self, images, known=None):
         """A list of data.ProcessedImage -> one (tokens, d) tensor each. known: as in `pieces`."""
-        return [self.arrange(f, x.tiling) for f, x in zip(self.pieces(images, known), images)]
+        pieces = zip(self.pieces(images, known), images)
+        return [arrange(p, x.tiling, self.image_newline, self.config) for p, x in pieces]
 
     def pieces(self, images, known=None):
-        """The features of each image's tiles, (tiles, side * side, d), before they are put in order. All tiles go
-        through the encoder together. known: of each image the features of its first tiles, or None."""
+        """What each image's tiles become before they are put in order: arrange.Pieces. All tiles go through the encoder
+        together. known: of each image those of its first tiles, or None."""
         known = known or [None] * len(images)
-        new = [x.pixels[0 if k is None else len(k):] for x, k in zip(images, known)]  # (tiles, 3, tile, tile) uint8
+        firsts = [0 if k is None else len(k.features) for k in known]
+        new = [x.pixels[first:] for x, first in zip(images, firsts)]                  # (tiles, 3, tile, tile) uint8
         if not any(map(len, new)):
             return known
         tiles, dtype = send(torch.cat([torch.from_numpy(x) for x in new]), self.device), self.image_newline.dtype
         # 16 at a time bound the memory; in training all at once, as every rank must call the encoder equally often
-        pieces = (normalise(x, dtype) for x in tiles.split(len(tiles) if torch.is_grad_enabled() else 16))
-        features = [reduce(self.vision_tower(x), self.config) for x in pieces]       # (pieces, side * side, features)
-        features = torch.cat([self.multi_modal_projector(x) for x in features])      # (tiles, side * side, d)
-        features = features.split(list(map(len, new)))
-        return [f if k is None else torch.cat([k, f]) for k, f in zip(known, features)]
+        parts = [self.piece(normalise(x, dtype)) for x in tiles.split(len(tiles) if torch.is_grad_enabled() else 16)]
+        found = [x.split(list(map(len, new))) for x in map(torch.cat, zip(*parts))]
+        return [Pieces(*own) if k is None else Pieces(*map(torch.cat, zip(k, own)))
+                for k, *own in zip(known, *found)]
 
-    def arrange(self, tiles, tiling):
-        """(tiles, side * side, d) -> (tokens, d): base tile, then the grid unpadded, each row ended by a newline."""
-        side, d = self.config.side, self.config.hidden
-        base, newline = tiles[0], self.image_newline[None]             # (side * side, d), (1, d)
-        if tiling.canvas is None:                                      # one of several images: a lone tile
-            return torch.cat([base, newline[:tiling.newlines]])
-        (rows, columns), (crop_r, crop_c) = tiling.grid, tiling.crop
-        grid = tiles[1:].view(rows, columns, side, side, d).transpose(1, 2).reshape(rows * side, columns * side, d)
-        grid = grid[crop_r:rows * side - crop_r, crop_c:columns * side - crop_c]  # without what sees only padding
-        if tiling.interpolated:                                        # anyres_max_9: a large image costs no more
-            grid = F.interpolate(grid.permute(2, 0, 1)[None], tiling.size, mode="bilinear")[0].permute(1, 2, 0)
-        grid = torch.cat([grid, newline.expand(tiling.newlines, 1, d)], dim=1)  # (h, w + 1, d)
-        return torch.cat([base, grid.flatten(0, 1)])
+    def piece(self, x):
+        """Pixels of tiles (P, 3, tile, tile) -> arrange.Pieces."""
+        looks = dict.fromkeys(observed_layers(self.config))
+        x = self.vision_tower(x, looks)                                              # (P, N, vision_hidden)
+        features, kept, scores = reduce_tiles(x, list(looks.values()), self.config)  # (P, K, ...)
+        return Pieces(self.multi_modal_projector(features), kept, scores)
 
     def embed(self, batch, timings=None, known=None):
         """data.Batch -> t (B, Nt, d), v (B, Nv, d), as they enter layer 0. Padding is zero in v. known: as in `pieces`,
@@ -216,6 +196,7 @@ class VLM(nn.Module):
 
     def configurations(self, sa, pixels="all"):
         """The configurations that may run when `sa` is asked for: a configuration, a list of them, or "auto"."""
+        self.config.check_reduction(sa)
         if sa == "auto":
             if self.router is None:
                 raise ValueError('this model has no router: train one with train.py --stage 3, or name a configuration '
@@ -294,26 +275,29 @@ class VLM(nn.Module):
             tree.extend(*self.embed(batch, timings, known), batch.positions)
 
     @torch.no_grad()
-    def generate(self, prompts, sa, pixels="all", timings=None, routes=None, on_token=None, max_tokens=64, **how):
+    def generate(self, prompts, sa, pixels="all", timings=None, routes=None, stages=None, on_token=None, max_tokens=64,
+                 **how):
         """Answers to a list of data.Prompt: a list of token id lists, without the closing <|im_end|>.
 
         sa: a configuration, a list with one for each prompt, or "auto". pixels: "all", "overview" or "auto"; a prompt
         that has no overview gets all. timings: a dict that gains seconds of "encoder", "prefill", "decode". routes: a
-        list that receives each prompt's Plan. on_token(i, id) is called for each token as it comes. max_tokens, how: as
-        in decoding.generate.
+        list that receives each prompt's Plan; stages: likewise its flops.Stages, or None. on_token(i, id) is called for
+        each token as it comes. max_tokens, how: as in decoding.generate.
         """
         if isinstance(sa, list) and len(sa) != len(prompts):
             raise ValueError(f"{len(sa)} configurations for {len(prompts)} prompts: give one each")
-        answers, plans = [None] * len(prompts), [None] * len(prompts)
+        answers, plans, pruned = [None] * len(prompts), [None] * len(prompts), [None] * len(prompts)
         pixels = self.config.allowed_pixels(pixels, sa, how.get("allowed"))
         for rows, kind, seen, tree in self.look(prompts, sa, pixels, max_tokens, timings):
             own = [sa[i] for i in rows] if isinstance(sa, list) else sa
             emit = on_token and (lambda i, token, rows=rows: on_token(rows[i], token))
             found, ran = generate(self, tree, seen, own, max_tokens, timings=timings, on_token=emit, **how)
-            for i, answer, configuration in zip(rows, found, ran):
-                answers[i], plans[i] = answer, Plan(configuration, kind)
+            for k, (i, answer, configuration) in enumerate(zip(rows, found, ran)):
+                answers[i], plans[i], pruned[i] = answer, Plan(configuration, kind), tree.ran(k)
         if routes is not None:
             routes[:] = plans
+        if stages is not None:
+            stages[:] = pruned
         return answers
 
     def look(self, prompts, sa, pixels, max_tokens, timings):
@@ -325,8 +309,12 @@ class VLM(nn.Module):
 
         def tree_of(rows, kind, seen):
             batch, own = collate(seen), [sa[i] for i in rows] if isinstance(sa, list) else sa
+            features = [known.get(i) for i in rows for _ in prompts[i].images]
+            if self.config.reduction.inside:
+                self.configurations(own)
+                return PrunedCache(self, seen, steps, timings, features)
             tree = self.new_tree(own, len(rows), batch.ids.shape[1] + steps, batch.v_pos.shape[1], kind)
-            self.extend(tree, batch, timings, [known.get(i) for i in rows for _ in prompts[i].images])
+            self.extend(tree, batch, timings, features)
             return tree
         if small:
             rows, seen = list(small), list(small.values())
@@ -344,13 +332,15 @@ class VLM(nn.Module):
             rows, seen = sorted(left), [prompts[i] for i in sorted(left)]
             yield rows, "all", seen, tree_of(rows, "all", seen)
 
-    def decode_step(self, tokens, layout, sa, cache):
-        """One token for each sample: tokens (B,) -> logits (B, vocab) of what follows. layout: DecodeLayout.
+    def decode_step(self, tokens, stages, sa, cache):
+        """One token for each sample: tokens (B,) -> logits (B, vocab) of what follows. stages: (first layer, the one
+        behind the last, DecodeLayout); one, but for tokens that are dropped on the way.
 
         It reads nothing back, its tensors stay where they are and have one shape: as a whole it is one graph for
         torch.compile(fullgraph=True, dynamic=False), and for a CUDA graph."""
         t = self.language_model.embed_tokens(tokens[:, None])                        # (B, 1, d)
-        t, _ = self.language_model.run(t, t[:, :0], layout.step(), sa, cache=cache)  # no new vision: (B, 0, d)
+        for start, stop, layout in stages:
+            t, _ = self.language_model.run(t, t[:, :0], layout.step(), sa, start, stop, cache)  # no new vision
         return self.head(self.language_model.norm(t[:, -1]))
 
     @property
@@ -374,14 +364,17 @@ class VLM(nn.Module):
 
     # --- VISOR from a dense model ---
 
-    def add_packing(self, ratio, widen=False):
-        """From now on each tile has about `ratio` times fewer tokens (VISOR-TR). With `widen` the connector tells the
-        four sub-tokens of a token apart, and equals their mean until it is trained."""
-        if not ratio >= 1:
-            raise ValueError(f"packing ratio {ratio}: give a number of at least 1")
-        self.config.pack = float(ratio)
-        if widen and not self.config.pack_widen:
-            self.config.pack_widen, first = True, self.multi_modal_projector.linear_1
+    def add_reduction(self, text):
+        """From now on images have fewer visual tokens, by what --reduce calls `text`. With pack:R:widen the connector
+        tells the four sub-tokens of a token apart, and equals their mean until it is trained. Raises ValueError."""
+        c, first = self.config, self.multi_modal_projector.linear_1
+        was_wide, wide = c.reduction.option == "widen", methods.parse(text).option == "widen"
+        if was_wide > wide:
+            raise ValueError(f"--reduce {text}: this checkpoint's connector reads four sub-tokens side by side; give "
+                             "pack:RATIO:widen")
+        methods.parse(text).check(c)
+        c.reduce = text
+        if wide > was_wide:
             first.weight = nn.Parameter(first.weight.detach().repeat(1, 4) / 4)  # a quarter each: the mean's output
             first.in_features *= 4
         return self

@@ -17,7 +17,7 @@ from flops import connector_flops, llm_flops, pixel_flops, plan_name, router_flo
 class Report:
     """Rows of accuracy and saving, by task and by group of tasks: one for a plan, a router or an oracle.
 
-    Savings are operations of the dense model, without packing, over the mean of those that ran: "saving" of the
+    Savings are operations of the dense model, without reduction, over the mean of those that ran: "saving" of the
     language model's prefill, router included, "end_to_end" up to the first token, with the encoder too. "mean_saving"
     is the mean of the tasks' own savings, larger wherever they differ.
     """
@@ -26,7 +26,7 @@ class Report:
         """groups: {"detail": [tasks], ...}; text, image_size: tokens and (width, height) of a usual prompt, image."""
         self.config, self.groups, self.text_tokens = config, groups, text
         self.rows, self.labels = [], {}  # labels: the pseudo-label of each task, number in config.plans
-        plain = config.unpacked()
+        plain = config.unreduced()
         self.tiling, dense_tiling = data.tiling(*image_size, config), data.tiling(*image_size, plain)
         everything = tuple(range(config.layers))
         self.dense = llm_flops(plain, everything, text, dense_tiling.tokens)

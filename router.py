@@ -25,6 +25,7 @@ from config import Plan
 from evaluation import accuracy, all_results, evaluate, opened
 from flops import llm_flops, plan_name, sa_name
 from llava.samples import Samples, eval_questions, reference_prompt
+from methods import add_flags, given, parse as parse_reduction
 from model import VLM
 from toy import world
 
@@ -277,10 +278,15 @@ def parse(argv=None):
     p.add_argument("--keep", type=float, default=0.99, metavar="F", help="share of accuracy to hold (default: 0.99)")
     p.add_argument("--out", metavar="FILE.png", help="where --search and --report draw (default: nowhere)")
     p.add_placement()
+    add_flags(p)
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: as many as there are idle "
                    "cores)")
     p.add_argument("--compile", action="store_true", help="torch.compile what repeats (see VLM.compile)")
     args = p.parse_args(argv)
+    given(p, args)
+    if args.reduce and (args.search or parse_reduction(args.reduce).inside):
+        p.error(f"--reduce {args.reduce}: " + ("--search is about a model as it is; leave it out" if args.search else
+                                               "it is for the dense configuration; there is nothing to choose"))
     if args.search + bool(args.label) + args.report != 1:
         p.error("give one of --search, --label FILE and --report")
     if args.questions < 1 or args.seed < 0 or not 1 <= (args.threads or 1) <= 1024 or not 0 < args.keep <= 1:
@@ -298,6 +304,8 @@ def main(argv=None):
     torch.set_num_threads(args.threads or free_threads())
     directory = Path(checkpoint_path(args.model))
     model = VLM.from_pretrained(directory, args.dtype, placement(args.device))
+    if args.reduce is not None:
+        model.add_reduction(args.reduce)
     c = model.config
     if args.compile:
         model.compile()

@@ -36,10 +36,11 @@ from costs import Costs, Route, report_of, summary
 from flops import within_budget
 from llava.index import kind_of, parse_sample
 from llava.samples import image_names
+from methods import TRAINED, add_flags, given, parse as parse_reduction
 
 # Keys that --batch adds to a row; the flags that answers depend on
-RESULT = "run", "answer", "tokens", "sa", "pixels", "routed", "text_tokens", "vision_tokens", "flops", "error"
-ASKED = "model", "sa", "pixels", "budget", "pack", "max_tokens", "temperature", "top_p", "seed"
+RESULT = "run", "answer", "tokens", "sa", "pixels", "reduce", "routed", "text_tokens", "vision_tokens", "flops", "error"
+ASKED = "model", "sa", "pixels", "budget", "reduce", "max_tokens", "temperature", "top_p", "seed"
 
 
 def parse(argv=None):
@@ -66,7 +67,7 @@ def parse(argv=None):
                    "tile; all; auto, the overview if the router is content with it (default: auto where --sa is)")
     p.add_argument("--budget", type=float, metavar="F", help="run no viable configuration whose prompt costs more "
                    "than F of the dense language model's; without a router, the costliest that fits")
-    p.add_argument("--pack", type=float, metavar="R", help="pack the visual tokens of each tile to about 1/R of them")
+    add_flags(p)
     p.add_argument("--max-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature: draw from the likeliest "
@@ -79,13 +80,13 @@ def parse(argv=None):
     p.add_argument("--explain", metavar="FILE.png", help="draw where the (last) answer's attention went, by layer")
     p.add_argument("--json", action="store_true", help="one JSON object per question instead of plain answers")
     args = p.parse_args(argv)
+    given(p, args)
     check_batch(p, args)
     for name, ok, what in (("max_tokens", args.max_tokens >= 1, "at least 1"),
                            ("batch_size", args.batch_size >= 1, "at least 1"),
                            ("threads", args.threads is None or 1 <= args.threads <= 1024, "from 1 to 1,024"),
                            ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
                            ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-                           ("pack", args.pack is None or 1 <= args.pack < math.inf, "1 or more"),
                            ("budget", args.budget is None or 0 < args.budget < math.inf, "above 0")):
         if not ok:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number {what}")
@@ -129,7 +130,7 @@ def text_of(question, n):
 
 def configuration(args, config, text, vision, dense_vision):
     """(what VLM.prefill is called with, the configurations that a router may choose) for a prompt of `text` and
-    `vision` tokens (`dense_vision` without packing)."""
+    `vision` tokens (`dense_vision` without reduction)."""
     if args.budget is not None:
         allowed = within_budget(config, args.budget, text, vision, dense_vision)
         return ("auto", allowed) if config.router else (allowed[0], None)
@@ -194,7 +195,7 @@ class Stream:
 
 
 def load_model(args):
-    """The VLM of --model, placed, packed and compiled as the command line says."""
+    """The VLM of --model, placed, reduced and compiled as the command line says."""
     device = placement(args.device)
 
     import torch  # 1.5 s
@@ -205,7 +206,24 @@ def load_model(args):
     model = VLM.from_pretrained(checkpoint_path(args.model), args.dtype, device)
     if args.compile:
         model.compile()
-    return model if args.pack is None else model.add_packing(args.pack)
+    if args.reduce is not None:
+        warn_of_reduction(args, model.config.reduce)
+        model.add_reduction(args.reduce)
+    if model.config.reduction.inside:  # before any question
+        sa = "auto" if args.sa == "auto" and model.config.viable else model.config.configuration(
+            "dense" if args.sa == "auto" else args.sa)
+        model.config.check_reduction(sa if args.budget is None else "auto")
+    return model
+
+
+def warn_of_reduction(args, learned):
+    """One line where the checkpoint has learned another reduction, `learned`, or not the one that must be learned."""
+    method, known = parse_reduction(args.reduce).method, parse_reduction(learned)
+    if method in TRAINED and known.method != method:
+        print(f"--reduce {args.reduce}: this checkpoint has not learned it; python {TRAINED[method]} --model "
+              f"{args.model} teaches it", file=sys.stderr)
+    elif learned and method != known.method:
+        print(f"--reduce {args.reduce}: this checkpoint has learned --reduce {learned}", file=sys.stderr)
 
 
 def main(argv=None):
@@ -218,7 +236,7 @@ def main(argv=None):
     c, single = model.config, len(images) == 1
     images = [pictures.to_rgb(image, c.transparency) for image in images]
     processed = [data.process_image(image, c, single) for image in images]
-    dense_vision = sum(data.tiling(*image.size, c.unpacked(), single).tokens for image in images)
+    dense_vision = sum(data.tiling(*image.size, c.unreduced(), single).tokens for image in images)
     if not images:
         print("no --image: the model answers from the text alone", file=sys.stderr)
     if c.world == "toy":
@@ -234,14 +252,16 @@ def main(argv=None):
         n_text, n_vision = len(prefix.ids) + len(prompt.ids), len(prefix.v_pos)
         sa, allowed = configuration(args, c, n_text, n_vision, dense_vision)
         timings = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
-        key, routes, pixels = (tuple(prefix.ids), tuple(prefix.t_pos)), [], c.allowed_pixels(wanted, sa, allowed)
+        key, pixels = (tuple(prefix.ids), tuple(prefix.t_pos)), c.allowed_pixels(wanted, sa, allowed)
+        routes, stages = [], []
         if (key, sa, pixels) not in conversations:
             capacity = len(prompt.ids) + min(args.max_tokens, 1024)
             conversations[key, sa, pixels] = Conversation(model, prefix, sa, pixels, capacity, timings)
         tokens = conversations[key, sa, pixels].answer(
             prompt, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-            timings=timings, allowed=allowed, routes=routes, on_token=Stream(model.tokenizer) if stream else None)
-        asked = Route(key, sa, pixels, routes[0])
+            timings=timings, allowed=allowed, routes=routes, stages=stages,
+            on_token=Stream(model.tokenizer) if stream else None)
+        asked = Route(key, sa, pixels, routes[0], stages[0])
         report = {"question": question, **report_of(model, costs, asked, prefix, prompt, tokens),
                   "seconds": {k: round(s, 4) for k, s in timings.items()}}
         if args.json:
@@ -305,8 +325,8 @@ def answer_rows(args, model, questions, heads, done):
 def report_alone(model, answer):
     """report_of an answers.Answer, as of a question that is asked alone."""
     asked, costs = answer.asked, Costs(model.config, answer.asked.shared.images, answer.asked.dense_vision)
-    return report_of(model, costs, Route(None, asked.sa, asked.pixels, answer.plan), asked.shared, asked.own,
-                     answer.tokens)
+    route = Route(None, asked.sa, asked.pixels, answer.plan, answer.stages)
+    return report_of(model, costs, route, asked.shared, asked.own, answer.tokens)
 
 
 def write_line(out, line):

@@ -78,7 +78,9 @@ def given_settings(args):
 
 
 def set_trainable(model, stage, joined=False):
-    """What a stage trains. Stage 0 of a joined SigLIP and Qwen2 trains the connector between them, which is new."""
+    """What a stage trains. Stage 0 of a joined SigLIP and Qwen2 trains the connector between them, which is new; with
+    VisionZip it is the connector that learns from fewer tokens, as the article has it."""
+    joined = joined or stage == 0 and model.config.reduction.method == "visionzip"
     model.requires_grad_(stage in (0, 2) and not joined)
     for module in {1: [model.language_model.cross], 3: [model.router]}.get(stage, []):
         module.requires_grad_(True)
@@ -92,7 +94,8 @@ def make_batches(model, stage, out, s, samples, distributed):
     if samples is not None and stage < 3:
         return ConversationBatches(model, stage, samples, s, out, distributed)
     if stage < 3:
-        return ToyBatches(model, s["seed"], s["batch_size"], s["turns"], s.get("auxiliary_weight", 0.0),
+        auxiliary_weight = 0.0 if model.config.reduce else s.get("auxiliary_weight", 0.0)  # it is about all tokens
+        return ToyBatches(model, s["seed"], s["batch_size"], s["turns"], auxiliary_weight,
                           s.get("drop_vision_from", 0), s.get("largest_first", 0), s["steps"], stage)
     n, seed = s["questions"], s["seed"]
     eval_set = eval_questions(samples, n, seed) if samples else world.eval_set(seed, n, world.TRAIN)
@@ -131,6 +134,8 @@ def go_on_with(settings, checkpoint, stage, args, model, samples):
     passed_over = [f"--{k.replace('_', '-')} {v} (it has {settings.get(k)})" for k, v in given.items()
                    if settings.get(k) != v] + ["--viable"] * bool(
                        args.viable and any(set(asked[x]) != set(model.config.configurations(x)) for x in asked))
+    if args.reduce not in (None, model.config.reduce):
+        passed_over.append(f"--reduce {args.reduce} (it has {model.config.reduce or 'none'})")
     if passed_over:
         print(f"--resume goes on with stage {stage} in the run's own settings and does not follow "
               f"{', '.join(passed_over)}; for others begin in another --out", file=sys.stderr)

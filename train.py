@@ -34,6 +34,7 @@ from evaluation import all_results
 from families import read_config
 from flops import plan_name
 from llava.samples import Samples, eval_questions, reference_prompt
+from methods import add_flags, given, parse as parse_reduction
 from model import VLM
 from parallel import Distributed, full_tensor, shard
 from stages import (DEFAULTS, DENSE, first_model, first_settings, given_plans, given_settings, go_on_with, load,
@@ -200,6 +201,7 @@ def parse(argv=None):
                    "stage 2); of the miniature, Muon's, and AdamW has a tenth of it")
     p.add_argument("--viable", action="append", metavar="LAYERS", help="what to train: none, 4,7, or ov:none over the "
                    "overview; may be given several times (default: the miniature's, or by the number of layers)")
+    add_flags(p, "what to learn with, fewer visual tokens; at stage 0 m3 and visionzip go on from a dense model")
     p.add_argument("--labels", choices=("task", "sample"), help="stage 3: what the router is to choose, per task as "
                    "the paper (default), or the oracle's choice per sample")
     p.add_argument("--leave-out", action="append", metavar="TASK", help="stage 3: a task, of a mixture the name of a "
@@ -237,6 +239,9 @@ def parse(argv=None):
     toy.add_argument("--largest-first", type=float, metavar="F", help="stage 2: the share of the steps that comes "
                      "first and trains the largest and the smallest configuration alone (default: 0.375)")
     args = p.parse_args(argv)
+    given(p, args)
+    if args.reduce and parse_reduction(args.reduce).inside:
+        p.error(f"--reduce {args.reduce}: nothing of it is learned; give it to sample.py, with --sa dense")
     for name in SETTINGS:
         if (value := getattr(args, name, None)) is not None:
             try:
@@ -306,6 +311,8 @@ def run_stage(stage, source, args, out, distributed):
         samples = Samples(args.data, args.images, model.tokenizer, model.config, s.get("label_rule", "assistant"),
                           s.get("max_tokens"), s.get("seed", 0))
     if not checkpoint:
+        if args.reduce is not None:
+            model.add_reduction(args.reduce)
         settings = first_settings(stage, args, model, samples)
         if stage in (1, 2) and args.viable:
             c = model.config

@@ -18,8 +18,11 @@ class SiglipAttention(nn.Module):
             setattr(self, name, nn.Linear(c.vision_hidden, c.vision_hidden))
 
     def forward(self, x):
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v))
+        return self.out_proj(attention(*self.project(x, self.q_proj, self.k_proj, self.v_proj)))
+
+    def project(self, x, *projections):
+        """x (tiles, N, c) -> (tiles, N, H, D) of each projection."""
+        return [f(x).unflatten(-1, (self.heads, -1)) for f in projections]
 
 
 class SiglipMLP(nn.Module):
@@ -42,6 +45,11 @@ class SiglipBlock(nn.Module):
         self.layer_norm2 = nn.LayerNorm(c.vision_hidden, c.vision_eps)
         self.mlp = SiglipMLP(c)
 
+    def looks(self, x):
+        """Queries and keys of its attention, (tiles, N, H, D) each."""
+        attn = self.self_attn
+        return attn.project(self.layer_norm1(x), attn.q_proj, attn.k_proj)
+
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
@@ -57,10 +65,13 @@ class VisionTower(nn.Module):
             "position_embedding": nn.Embedding(c.patches ** 2, c.vision_hidden)})
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(SiglipBlock(c) for _ in range(c.vision_layers))})
 
-    def forward(self, x):
-        """x (tiles, 3, tile, tile) in [-1, 1] -> (tiles, patches * patches, vision_hidden)."""
+    def forward(self, x, looks=()):
+        """x (tiles, 3, tile, tile) in [-1, 1] -> (tiles, patches * patches, vision_hidden). looks: a dict that gains
+        the queries and keys of the layers that it names, for a reduction."""
         x = self.embeddings["patch_embedding"](x).flatten(2).transpose(1, 2)  # 384 // 14 = 27: the last pixels are cut
         x = x + self.embeddings["position_embedding"].weight
-        for block in self.encoder["layers"]:
+        for l, block in enumerate(self.encoder["layers"]):
+            if l in looks:
+                looks[l] = block.looks(x)  # projected twice, in a layer or two: under 1 % of the tower
             x = block(x)
         return x

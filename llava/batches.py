@@ -13,6 +13,7 @@ import data
 from cli import append_rows, die_with_parent, read_rows
 from config import Plan
 from llava.samples import Sample, step_indices
+from methods import for_step
 from pictures import SampleError
 
 
@@ -54,11 +55,12 @@ class ConversationBatches:
         if not per_step:  # more ranks than samples
             yield from repeat([])
         steps = repeat(0) if s["overfit"] else count(first)
-        shares = (step_indices(len(self.samples), s["batch_size"], s["seed"], step)[rank::size] for step in steps)
+        shares = ([(i, step) for i in step_indices(len(self.samples), s["batch_size"], s["seed"], step)[rank::size]]
+                  for step in steps)
         read_ahead = {}
         if s["workers"]:  # together they hold the samples of the next step ready, but at most about 32
             read_ahead["prefetch_factor"] = 2 + min(per_step, 32) // s["workers"]
-        loader = DataLoader(Numbered(self.samples), batch_size=None, sampler=chain.from_iterable(shares),
+        loader = DataLoader(Numbered(self.samples, s["seed"]), batch_size=None, sampler=chain.from_iterable(shares),
                             num_workers=s["workers"], collate_fn=identity, worker_init_fn=die_with_parent,
                             **read_ahead)
         items = iter(loader)
@@ -163,16 +165,17 @@ class ConversationBatches:
 
 
 class Numbered:
-    """Samples with their indices, as worker processes hand them over."""
+    """Samples of steps with their indices, as worker processes hand them over."""
 
-    def __init__(self, samples):
-        self.samples = samples
+    def __init__(self, samples, seed):
+        self.samples, self.seed = samples, seed
 
     def __len__(self):
         return len(self.samples)
 
-    def __getitem__(self, i):
-        return i, self.samples[i]
+    def __getitem__(self, which):
+        i, step = which
+        return i, self.samples.at(i, for_step(self.samples.config, self.seed, step))
 
 
 def identity(x):

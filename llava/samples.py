@@ -78,22 +78,26 @@ class Samples:
         return system, turns, [folder / name for name in names]
 
     def __getitem__(self, i):
+        return self.at(i, self.config)
+
+    def at(self, i, config):
+        """Sample i for a model of a Config, which may have another number of tokens a tile than this one's."""
         try:
-            return self.sample(i)
+            return self.sample(i, config)
         except SampleError as error:
             return error
         except Exception as e:  # whatever a file holds, one sample does not end a training
             return SampleError("malformed line", f"{type(e).__name__}: {' '.join(str(e).split())}")
 
-    def sample(self, i):
-        """Sample i. Raises SampleError, or nearly anything where a file holds nonsense."""
+    def sample(self, i, config):
+        """Sample i for a Config. Raises SampleError, or nearly anything where a file holds nonsense."""
         system, turns, paths = self.raw(i)
         images = [pictures.load_image(path) for path in paths] or None  # None: text alone
         single_image = len(paths) == 1
         pieces = data.turns_to_learn(turns, system) if self.rule == "assistant" else whole_turns(turns, system)
-        for max_tiles in self.tile_limits(images):
+        for max_tiles in tile_limits(images, config):
             # First without pixels, as the length follows from the sizes alone
-            tilings = [data.tiling(*image.size, self.config, single_image, max_tiles) for image in images or ()]
+            tilings = [data.tiling(*image.size, config, single_image, max_tiles) for image in images or ()]
             unread = None if images is None else [data.ProcessedImage(None, tiling) for tiling in tilings]
             prompt, labels = data.labelled(pieces, self.tokenizer, unread)
             if self.max_tokens is None or prompt.end <= self.max_tokens:
@@ -101,18 +105,19 @@ class Samples:
         else:
             raise SampleError("too long", f"{prompt.end} tokens, at the least, are more than --max-tokens "
                               f"{self.max_tokens}")
-        processed = [data.process_image(image, self.config, single_image, max_tiles) for image in images or ()]
+        processed = [data.process_image(image, config, single_image, max_tiles) for image in images or ()]
         if self.rule == "llava":
             labels = label_markers(prompt.ids, labels, self.tokenizer)
         return Sample(prompt._replace(images=processed), labels, self.find(i)[0].path.stem)
 
-    def tile_limits(self, images):
-        """How many tiles the grid of a single image may have, in the order to be tried: None (all), then fewer."""
-        if images is None or len(images) != 1:  # of several images, each is one tile already
-            return [None]
-        rows, columns = data.tiling(*images[0].size, self.config).grid
-        fewer = {w * h for w, h in self.config.pinpoints if w * h < rows * columns}
-        return [None, *sorted(fewer, reverse=True)]
+
+def tile_limits(images, config):
+    """How many tiles the grid of a single image may have, in the order to be tried: None (all), then fewer."""
+    if images is None or len(images) != 1:  # of several images, each is one tile already
+        return [None]
+    rows, columns = data.tiling(*images[0].size, config).grid
+    fewer = {w * h for w, h in config.pinpoints if w * h < rows * columns}
+    return [None, *sorted(fewer, reverse=True)]
 
 
 # --- conversations --------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def kernel_counts(config, labels):
     for label in labels:
         sa, pack = SYSTEMS[label]
         system, counts = Theirs(c, torch.float32) if sa is None else ours, []
-        ours.model.config.pack = float(pack)
+        ours.model.config.reduce = f"pack:{pack}"
         seen = system.encode(images)
         for tokens in (1, 2, 4):  # the second makes the layout of all that follow
             with Kernels() as kernels:
@@ -113,7 +113,7 @@ def measure(ours, theirs, labels, tiles, batch, rounds):
         for label in labels if i % 2 else reversed(labels):
             sa, pack = SYSTEMS[label]
             system, key = (theirs, "theirs") if sa is None else (ours, pack)
-            ours.model.config.pack = float(pack)
+            ours.model.config.reduce = f"pack:{pack}"
             prompts, images = ours.prompts(tiles, batch)
             timings = {}
             if key not in encoded:
@@ -126,7 +126,7 @@ def measure(ours, theirs, labels, tiles, batch, rounds):
             if i:
                 timings["decode"] /= ANSWER - 1
                 runs[label].append({**timings, "peak": peak_bytes() - before})
-    ours.model.config.pack = 1.0
+    ours.model.config.reduce = ""
     return {label: {k: statistics.median(r[k] for r in found) for k in found[0]} for label, found in runs.items()}
 
 
@@ -137,13 +137,13 @@ def rows(config, found, tiles, batch, rate, speed, itemsize):
         sa, pack = SYSTEMS[label]
         c = config
         sa, routed = ((1, 4), True) if sa == "auto" else (tuple(range(c.layers)) if sa is None else sa, False)
-        c.pack = float(pack)
+        c.reduce = f"pack:{pack}"
         size = IMAGES[tiles]
         vision = tiling(*(size or (c.tile,) * 2), c, single_image=size is not None).tokens
         llm = batch * (llm_flops(c, sa, TEXT, vision) + (router_flops(c, TEXT, vision) if routed else 0))
         flop = llm + batch * (tower_flops(c, tiles) + connector_flops(c, tiles)
                               + answer_flops(c, sa, TEXT, vision, ANSWER))
-        c.pack = 1.0
+        c.reduce = ""
         cache = batch * cache_bytes(c, sa, TEXT + ANSWER, vision, itemsize)
         read = itemsize * weights_read(c, sa) + cache  # by one step of decoding
         first = m["encoder"] + m["prefill"]
@@ -413,7 +413,7 @@ def bench(config, labels, sizes, batches, rounds, dtype=torch.float32, compiled=
             try:
                 measured = measure(ours, theirs, some, tiles, batch, rounds if some is labels else 1)
             except torch.cuda.OutOfMemoryError:
-                ours.model.config.pack = 1.0
+                ours.model.config.reduce = ""
                 torch.cuda.empty_cache()
                 break
             found += rows(config, measured, tiles, batch, rate, speed, dtype.itemsize)

@@ -6,7 +6,6 @@ the model has at that time: outside float32 it is called once more, with the sam
 from contextlib import contextmanager
 from itertools import cycle
 
-import numpy as np
 import torch
 
 from cli import timer
@@ -70,9 +69,9 @@ def decoding(model, shown, configurations, step=None):
         model.extend(tree, collate([prompt]))
         t, cache = tree.run(sa)
         logits = [model.head(model.language_model.norm(t[:, -1]))]            # (1, vocab) each
-        steps = Steps(model, tree.past, np.array([prompt.end]), sa, cache, TOKENS)
+        steps = Steps(model, tree.stages, sa, cache, TOKENS)
         if step:
-            steps.step = lambda tokens: step(tokens, steps.layout, sa, cache)
+            steps.step = lambda tokens: step(tokens, steps.stages, sa, cache)
         while steps.left > 1:
             logits.append(steps(logits[-1].argmax(-1)).clone())
         got.append(torch.cat(logits))                                         # (steps, vocab)

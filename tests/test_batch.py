@@ -195,7 +195,7 @@ def test_two_commands_do_not_write_to_one_file(folder, tmp_path, capsys):
     assert status == 2 and "another run is writing there" in err and not out.read_bytes()
 
 
-@pytest.mark.parametrize("flags", [[], ["--sa", "1,4"], ["--budget", 0.8], ["--pack", 2.0]])
+@pytest.mark.parametrize("flags", [[], ["--sa", "1,4"], ["--budget", 0.8], ["--reduce", "pack:2"]])
 def test_lines_say_what_json_says_of_each_row_alone(folder, capsys, flags):
     words = ["--model", folder / "model", "--max-tokens", 2, *flags]
     status, out, err = call(capsys, *words, "--batch", folder / "q.jsonl", "--batch-size", 8)

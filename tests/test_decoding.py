@@ -2,7 +2,6 @@
 import gc
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ def begin(m, prompts, sa, steps):
     t, cache = tree.run(sa)
     last = [len(p.ids) - 1 for p in prompts]
     tokens = m.head(m.language_model.norm(t[range(len(prompts)), last])).argmax(-1)
-    return tokens, decoding.Steps(m, tree.past, np.array([p.end for p in prompts]), sa, cache, steps)
+    return tokens, decoding.Steps(m, tree.stages, sa, cache, steps)
 
 
 @pytest.mark.parametrize("sa, most", [((1, 4), 600), ((), 600), (tuple(range(24)), 560)])
@@ -60,7 +59,7 @@ def test_a_step_is_one_graph_wherever_it_stands(sa):
         tokens = steps(tokens).argmax(-1)
     tokens, steps = begin(m, prompts, sa, 12)
     steps.step = lambda tokens, step=torch.compile(m.decode_step, fullgraph=True, dynamic=False, backend="aot_eager"): (
-        step(tokens, steps.layout, sa, steps.cache))
+        step(tokens, steps.stages, sa, steps.cache))
     for n in range(12):
         assert tokens.tolist() == wanted[n]
         tokens = steps(tokens).argmax(-1)
@@ -74,7 +73,8 @@ def test_a_steps_tensors_stay_where_they_are():
     tokens, steps = begin(m, prompts_of(m), (1, 4), 20)
 
     def places():
-        seen = [steps.layout.number, *steps.layout.slots, *steps.layout.masks, steps.layout.ropes]
+        layout = steps.stages[0][2]
+        seen = [layout.number, *layout.slots, *layout.masks, layout.ropes]
         seen += [kv.kv for layer in steps.cache for kv in layer if kv.kv is not None]
         return [x.data_ptr() for x in seen]
     before = places()
@@ -119,7 +119,8 @@ def test_a_replayed_step_goes_on_as_an_eager_one(sa, monkeypatch):
         """As CUDA's, it leaves no trace of what runs meanwhile."""
         graphs.append(graph)
         steps = next(x for x in gc.get_objects() if isinstance(x, decoding.Steps) and x.graph is graph)
-        changed = [steps.layout.number, *steps.layout.slots, *steps.layout.masks]
+        layout = steps.stages[0][2]
+        changed = [layout.number, *layout.slots, *layout.masks]
         changed += [kv.kv for layer in steps.cache for kv in layer if kv.kv is not None]
         before = [x.clone() for x in changed]
         with graph:

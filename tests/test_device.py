@@ -53,7 +53,7 @@ def test_training_prefill_and_decoding_on_the_meta_device(sa):
         m.extend(tree, batch)
         t, cache = tree.run(sa)
         assert t.shape == (2, batch.ids.shape[1], 64)
-        layout = DecodeLayout(tree.past, np.array([p.end for p in prompts]), 9, m.config, m.device)
+        layout = [(0, 6, DecodeLayout(tree.past, np.array([p.end for p in prompts]), 9, m.config, m.device))]
         for _ in range(2):
             logits = m.decode_step(torch.zeros(2, dtype=torch.long, device="meta"), layout, sa, cache)
         assert logits.shape == (2, 259) and logits.device.type == "meta"

@@ -129,7 +129,7 @@ def test_observing_leaves_nothing_behind_and_changes_nothing():
     for sa in ((), (1, 4), DENSE):
         answers, plain = outputs(sa)
         seen = []
-        with m.observe_attention(lambda l, kind, q, k, mask: seen.append((l, kind))):
+        with explain.observed(m, lambda l, kind, q, k, mask: seen.append((l, kind))):
             assert not untouched()
             observed = outputs(sa)
         assert observed[0] == answers and torch.equal(observed[1], plain) and untouched()
@@ -137,7 +137,7 @@ def test_observing_leaves_nothing_behind_and_changes_nothing():
         explain.attention_to_images(m, prompt, answers[0], sa)
         again = outputs(sa)
         assert again[0] == answers and torch.equal(again[1], plain) and untouched()
-    with pytest.raises(ZeroDivisionError), m.observe_attention(lambda *_: 1 / 0):
+    with pytest.raises(ZeroDivisionError), explain.observed(m, lambda *_: 1 / 0):
         m(batch, (1, 4))
     assert untouched()
 

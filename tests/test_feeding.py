@@ -15,6 +15,7 @@ import evaluation
 import pictures
 import router
 import train
+from arrange import Pieces, arrange
 from config import Config
 from data import NORMALISED, process_image
 from encoders import normalise, send
@@ -23,7 +24,6 @@ from llava.batches import ConversationBatches
 from llava.samples import Samples, eval_questions
 from model import VLM
 from paper import ablate, miniature, routing
-from reduction import reduce
 from tests import tiny
 from tests.test_llava import talk, written
 from tests.test_router import call
@@ -71,7 +71,8 @@ def test_encoding_is_that_of_the_float_path_bit_for_bit(dtype):
     images = [process_image(tiny.image(w, h, w), m.config) for w, h in ((200, 90), (30, 40), (300, 300))]
     for x, found in zip(images, m.encode(images), strict=True):
         features = torch.from_numpy(floats(x.pixels)).to(dtype)
-        plain = m.arrange(m.multi_modal_projector(reduce(m.vision_tower(features), m.config)), x.tiling)
+        tiles = Pieces(m.multi_modal_projector(m.vision_tower(features)), None, None)
+        plain = arrange(tiles, x.tiling, m.image_newline, m.config)
         assert torch.equal(plain, m.encode([x])[0])
         if dtype == torch.float32:  # in one batch with others, to rounding
             assert torch.allclose(plain, found, atol=1e-4)

@@ -17,7 +17,7 @@ from encoders import normalise
 from layout import make_layout, round_up
 from model import VLM
 from paper import numbers
-from reduction import reduce
+from reduction import reduce_tiles
 from tests import tiny
 
 VIABLE = [(), (1,), (1, 4), (1, 4, 7), (1, 4, 7, 10)]
@@ -66,7 +66,7 @@ def prefill(m, prompts, sa, tree=None):
 @pytest.mark.parametrize("pack", [1, 2])
 @pytest.mark.parametrize("sizes", [(), ((70, 110),), ((30, 30), (50, 20))], ids=["no image", "one", "two"])
 def test_prefill(sa, pack, sizes):
-    m = tiny.model(layers=12).add_packing(pack)
+    m = tiny.model(layers=12).add_reduction(f"pack:{pack}")
     p = prompt_of(m, sizes)
     text, vision = len(p.ids), len(p.v_pos)
     torch_says = counted(prefill(m, [p], sa)) - halves(m.config, sa, text, vision)
@@ -103,11 +103,11 @@ def test_papers_convention_is_the_full_square_and_no_dead_layers(m):
 @pytest.mark.parametrize("widen", [False, True])
 @pytest.mark.parametrize("pack", [1, 2])
 def test_encoder_and_connector(pack, widen):
-    m = tiny.model().add_packing(pack, widen)
+    m = tiny.model().add_reduction(f"pack:{pack}" + ":widen" * widen)
     p = process_image(tiny.image(70, 110), m.config)
     x = normalise(torch.from_numpy(p.pixels), torch.float32)
     assert flops.tower_flops(m.config, len(x)) == pytest.approx(counted(m.vision_tower, x), rel=0.005)
-    y = reduce(m.vision_tower(x).detach(), m.config)
+    y, *_ = reduce_tiles(m.vision_tower(x).detach(), [], m.config)
     assert flops.connector_flops(m.config, len(x)) == pytest.approx(counted(m.multi_modal_projector, y), rel=0.005)
 
 
@@ -183,7 +183,7 @@ def test_page_fits_a_terminal(capsys):
 
 
 def test_json_has_the_numbers(capsys, tmp_path):
-    tiny.model(layers=12).add_packing(2).save_pretrained(tmp_path / "c")
+    tiny.model(layers=12).add_reduction("pack:2").save_pretrained(tmp_path / "c")
     _, out, _ = call(capsys, "--model", tmp_path / "c", "--image", "70x110", "--text", 33, "--answer", 5, "--json")
     r = json.loads(out)
     m = VLM.from_pretrained(tmp_path / "c")

@@ -470,8 +470,9 @@ def test_where_theta_stands(rope, theta, tmp_path):
     ("tied", 1), ("tied", "true"), ("route_threshold", "0.02"), ("route_threshold", 1.5), ("ca", [0.5]), ("ca", 3),
     ("sa", [4, 4]), ("sa", [4, 1]), ("sa", [[1]]), ("viable", [1]), ("viable", [[1], [1]]), ("viable", "ab"),
     ("pinpoints", [[2.5, 2]]), ("pinpoints", [[2]]), ("pinpoints", []), ("pinpoints", [[64, 64]]),
-    ("layers", 1_000_000), ("layers", True), ("hidden", 64.0), ("head_dim", 15), ("vocab", 10**12), ("pack", 0.5),
-    ("pack", math.inf), ("unpad", "HF"), ("stage", 2), ("world", None), ("step", -1), ("stop_ids", [-1])])
+    ("layers", 1_000_000), ("layers", True), ("hidden", 64.0), ("head_dim", 15), ("vocab", 10**12),
+    ("reduce", "pack:0.5"),
+    ("reduce", 2), ("unpad", "HF"), ("stage", 2), ("world", None), ("step", -1), ("stop_ids", [-1])])
 def test_every_setting_of_ours_has_its_limits(field, value, tmp_path):
     tiny.model().save_pretrained(tmp_path / "c")
     set_config(tmp_path / "c", **{field: value})
@@ -480,7 +481,7 @@ def test_every_setting_of_ours_has_its_limits(field, value, tmp_path):
 
 
 def test_no_setting_is_without_a_limit():
-    of_lists = {"pinpoints", "ca", "sa", "viable", "overview", "stop_ids"}
+    of_lists = {"reduce", "pinpoints", "ca", "sa", "viable", "overview", "stop_ids"}
     assert {f.name for f in dataclasses.fields(settings.Config)} == set(settings.LIMITS) | of_lists
 
 

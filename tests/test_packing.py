@@ -17,14 +17,14 @@ PER_TILE = {1: 729, 2: 361, 3: 256, 4: 196, 6: 121, 8: 100, 16: 49}
 
 @pytest.mark.parametrize("ratio", PER_TILE)
 def test_tokens_of_a_tile(ratio):
-    assert Config(pack=ratio).side ** 2 == PER_TILE[ratio]
-    assert tiling(500, 300, Config(pack=ratio), single_image=False).tokens == PER_TILE[ratio] + 1
+    assert Config(reduce=f"pack:{ratio}").side ** 2 == PER_TILE[ratio]
+    assert tiling(500, 300, Config(reduce=f"pack:{ratio}"), single_image=False).tokens == PER_TILE[ratio] + 1
 
 
 @pytest.mark.parametrize("size, tokens", [((640, 480), 1453), ((1024, 768), 2337), ((1700, 2200), 3625)])
 def test_whole_images_at_ratio_2(size, tokens):
     """Unpadding, newlines and the cap of 9 tiles follow from the new side, 19."""
-    assert tiling(*size, Config(pack=2)).tokens == tokens
+    assert tiling(*size, Config(reduce="pack:2")).tokens == tokens
 
 
 def slow_pack(x, side):
@@ -80,7 +80,7 @@ def slow_tokens(m, p):
 @pytest.mark.parametrize("ratio", [1.5, 2, 4, 16])
 @pytest.mark.parametrize("max_tiles", [9, 2])
 def test_packed_forward_equals_the_slow_one(ratio, max_tiles):
-    m = tiny.model(max_tiles=max_tiles).add_packing(ratio)
+    m = tiny.model(max_tiles=max_tiles).add_reduction(f"pack:{ratio}")
     p = process_image(tiny.image(70, 110), m.config)
     prompt = encode(chatml(["<image>\nwhat?"]), m.tokenizer, [p])
     batch = collate([prompt])
@@ -95,21 +95,21 @@ def test_packed_forward_equals_the_slow_one(ratio, max_tiles):
 
 def test_widened_connector_starts_as_the_mean(tmp_path):
     m = tiny.model()
-    p = process_image(tiny.image(70, 110), m.add_packing(2).config)
+    p = process_image(tiny.image(70, 110), m.add_reduction("pack:2").config)
     with torch.no_grad():
         mean = m.encode([p])[0]
-        m.add_packing(2, widen=True)
+        m.add_reduction("pack:2:widen")
         assert (m.encode([p])[0] - mean).abs().max() < 1e-4
         m.multi_modal_projector.linear_1.weight[:, 48:96] += 0.1  # now sub-tokens differ
         wide = m.encode([p])[0]
         assert (wide - mean).abs().max() > 0.01
     m.save_pretrained(tmp_path / "c")
     again = VLM.from_pretrained(tmp_path / "c")
-    assert again.config.pack == 2 and again.config.pack_widen and torch.equal(again.encode([p])[0], wide)
+    assert again.config.reduce == "pack:2:widen" and torch.equal(again.encode([p])[0], wide)
 
 
 def test_packed_model_trains_and_generates():
-    m = tiny.model().add_packing(2, widen=True)
+    m = tiny.model().add_reduction("pack:2:widen")
     p = process_image(tiny.image(70, 110), m.config)
     prompts = [encode(chatml(["<image>\nwhat?"]), m.tokenizer, [p]), encode(chatml(["hi"]), m.tokenizer)]
     m(collate(prompts), [(1,), ()]).square().mean().backward()
@@ -121,5 +121,5 @@ def test_packed_model_trains_and_generates():
 
 def test_ratio_below_one_is_refused():
     for ratio in (0.5, 0, -1, float("nan")):
-        with pytest.raises(ValueError, match="at least 1"):
-            tiny.model().add_packing(ratio)
+        with pytest.raises(ValueError, match="1 or more"):
+            tiny.model().add_reduction(f"pack:{ratio}")

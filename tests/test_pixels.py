@@ -154,7 +154,8 @@ def before(c, stop):
 
 # --- the overview of a prompt ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes", [{}, {"multi_image_newline": False}, {"pack": 2.0}, {"max_tiles": 1}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"multi_image_newline": False}, {"reduce": "pack:2"}, {"max_tiles": 1}],
+                         ids=str)
 def test_the_overview_is_the_base_tile_and_one_newline(changes):
     """As if the text stood around one tile with one newline; the text behind the image moves, that before it stays."""
     m, rng = tiny.model(visor=False, **changes), random.Random(0)
@@ -168,7 +169,7 @@ def test_the_overview_is_the_base_tile_and_one_newline(changes):
         small = data.overview(whole, c)
         tokens = c.side ** 2 + 1
         assert data.overview_tokens(c) == len(small.v_pos) == tokens and small.v_img == [0] * tokens
-        lone = Tiling(None, None, (0, 0), (0, 0), (0, 0), False, 1, tokens)
+        lone = Tiling(None, None, (0, 0), (0, 0), (0, 0), False, 1, tokens, c.side)
         alike = encode(text, m.tokenizer, [ProcessedImage(processed.pixels[:1], lone)], start=whole.t_pos[0])
         assert small._replace(images=None) == alike._replace(images=None)
         assert [x.tiling for x in small.images] == [lone]
@@ -347,11 +348,12 @@ def test_known_features_are_those_of_the_tiles(divided):
     images = [p.images[0] for p in prompts[:4]]
     with torch.no_grad():
         alone = [m.pieces([x])[0] for x in images]
-        known = [alone[0][:1], None, alone[2], alone[3][:2]]
+        known = [alone[0].of(slice(1)), None, alone[2], alone[3].of(slice(2))]
         with watched(m) as (tiles, _):
             found = m.pieces(images, known)
-    assert len(tiles) == sum(x.tiling.tiles for x in images) - 1 - len(alone[2]) - 2
+    assert len(tiles) == sum(x.tiling.tiles for x in images) - 1 - len(alone[2].features) - 2
     for a, b, image in zip(found, alone, images):
+        a, b = a.features, b.features
         assert a.shape == b.shape == (image.tiling.tiles, 16, 64) and torch.allclose(a, b, atol=1e-5)
 
 
@@ -693,7 +695,7 @@ def tree_over(m, prompt):
     return tree, batch.answer_starts
 
 
-@pytest.mark.parametrize("changes", [{}, {"pack": 4.0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"reduce": "pack:4"}], ids=str)
 def test_pixel_flops_are_those_that_torch_counts(changes):
     m = model(11, **changes)
     for p in prompts_of(m, 3, 14):

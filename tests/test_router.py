@@ -451,13 +451,13 @@ def test_columns_that_do_not_fit_go_below():
     assert [w for line in text.splitlines() if line.startswith("layers") for w in line.split()[1:]] == cells[0][1:]
 
 
-def test_packed_dense_is_not_what_savings_are_measured_by():
-    c = Config(**{**vars(world.config()), "ca": world.CA, "sa": world.SA, "viable": ((), (4,)), "pack": 4.0})
+def test_reduced_dense_is_not_what_savings_are_measured_by():
+    c = Config(**{**vars(world.config()), "ca": world.CA, "sa": world.SA, "viable": ((), (4,)), "reduce": "pack:4"})
     results = [result("a", [1, 1])]
     rows = router.summarise(c, results, {"all": ["a"]}, 9, (72, 72), [result("a", [1])]).rows
     assert rows[0]["name"] == "dense" and rows[0]["saving"] == rows[0]["end_to_end"] == 1
     packed = data.tiling(72, 72, c).tokens
-    assert rows[1]["saving"] == flops.llm_flops(c.unpacked(), range(12), 9, 51) / flops.llm_flops(c, (), 9, packed)
+    assert rows[1]["saving"] == flops.llm_flops(c.unreduced(), range(12), 9, 51) / flops.llm_flops(c, (), 9, packed)
 
 
 # --- training and the command line ----------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ def test_json_is_complete_and_true(place, capsys):
     processed = [process_image(Image.open(place / name), model.config, single_image=False)
                  for name in ("a.png", "b.jpg")]
     for row, question in zip(rows, ("What?", "And <image> beside <image>?")):
-        assert set(row) == {"question", "answer", "tokens", "sa", "pixels", "routed", "text_tokens", "vision_tokens",
-                            "flops", "seconds"}
+        assert set(row) == {"question", "answer", "tokens", "sa", "pixels", "reduce", "routed", "text_tokens",
+                            "vision_tokens", "flops", "seconds"}
         prompt = encode(chatml([place_images(question, 2)]), model.tokenizer, processed)
         assert row["tokens"] == model.generate([prompt], (1, 4), max_tokens=6)[0] and len(row["tokens"]) == 6
         assert row["answer"] == model.tokenizer.decode(row["tokens"]).strip()
@@ -96,7 +96,7 @@ def test_what_is_saved_is_over_all_questions_so_far(place, capsys, sa, pack):
              pack, "--q", "a", "--q", "bcdefg", "--q", "h"]
     rows = [json.loads(line) for line in call(capsys, *words)[1].splitlines()]
     plain = tiny.model().config
-    packed = replace(plain, pack=float(pack))
+    packed = replace(plain, reduce=f"pack:{pack}")
     sa, tiles = plain.configuration(sa), process_image(Image.open(place / "a.png"), plain).tiling.tiles
     system = len(encode(split_shared(chatml(["<image>\na"]))[0].replace("<image>", ""), tiny.tokenizer()).ids)
 
@@ -215,8 +215,8 @@ def test_sampling_flags_reach_the_model(place, capsys):
 
 
 def test_answers_with_line_breaks_stay_on_one_line(place, capsys, monkeypatch):
-    def answer(self, *_, routes, **__):
-        routes[:] = [Plan((1, 4))]
+    def answer(self, *_, routes, stages, **__):
+        routes[:], stages[:] = [Plan((1, 4))], [None]
         return self.model.tokenizer.encode("a\nb\rc").ids
     monkeypatch.setattr(Conversation, "answer", answer)
     assert call(capsys, "--model", place / "model", "--q", "hi")[1] == "a b c\n"
@@ -414,8 +414,8 @@ def test_bad_words(place, capsys, what):
 
 def test_a_terminal_that_lacks_characters_loses_no_answer(place, monkeypatch):
     """What ASCII cannot say is written as an escape; a stream that is closed takes nothing and hurts nothing."""
-    monkeypatch.setattr(Conversation, "answer", lambda self, *_, routes, **__: (
-        routes.append(Plan((1, 4))), self.model.tokenizer.encode("café 中").ids)[1])
+    monkeypatch.setattr(Conversation, "answer", lambda self, *_, routes, stages, **__: (
+        routes.append(Plan((1, 4))), stages.append(None), self.model.tokenizer.encode("café 中").ids)[2])
     words = ["--model", str(place / "model"), "--q", "hi"]
     for encoding, want in (("ascii", b"caf\\xe9 \\u4e2d\n"), ("utf-8", "café 中\n".encode()), (
             "latin-1", b"caf\xe9 \\u4e2d\n")):

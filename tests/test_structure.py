@@ -9,16 +9,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # Each file may import only from what stands before it. The model stands after all that does without it
-ORDER = """cli config families pictures data flops
+ORDER = """cli methods config families pictures data flops
            toy.font toy.world toy.muon toy.training toy.__main__ toy
            llava.index llava.mixtures llava.samples llava.batches llava.__main__ llava
            report explain parallel
-           layout layers encoders.siglip encoders reduction cache_tree decoding weights model
+           layout layers encoders.siglip encoders reduction arrange pruning cache_tree decoding weights model
            conversation answers costs evaluation checkpoints router stages train sample
            paper.numbers paper.systems paper.ablate paper.bench paper.miniature paper.routing paper.masked
            paper.equalities paper.verify paper""".split()
 # flops.py and every --help answer at once
-NO_TORCH = "config families pictures data flops cli answers costs toy.world llava.samples".split()
+NO_TORCH = "methods config families pictures data flops cli answers costs toy.world llava.samples".split()
 
 
 def name_of(path):
@@ -77,14 +77,14 @@ def test_no_circle():
 
 def test_what_stands_apart():
     """The miniature's world and the training files know data and operations, not the model; nothing needs paper/."""
-    low = {"cli", "config", "families", "pictures", "data", "flops"}
+    low = {"cli", "methods", "config", "families", "pictures", "data", "flops"}
     for name in FILES:
         folder = name.partition(".")[0]
         if folder in ("toy", "llava"):
             assert imports(name) <= low | {x for x in FILES if x.startswith(folder + ".")}, name
         elif folder != "paper":
             assert not any(x.startswith("paper") for x in imports(name)), name
-    for name in ("cli", "reduction", "parallel"):
+    for name in ("cli", "methods", "parallel"):
         assert not imports(name), name
     assert imports("families") == {"cli", "config"}
     assert {name for name in FILES if "parallel" in imports(name)} == {"checkpoints", "train", "paper.bench"}

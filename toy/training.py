@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import data
 from config import Plan
+from methods import for_step
 from toy import world
 
 # Batches are of images, with 10 questions each or 30 short ones; in stage 3 of questions. lr is Muon's, AdamW has a
@@ -114,10 +115,11 @@ class ToyBatches:
     def __getitem__(self, step):
         """(data.Batch, labels (B, Nt) in numpy, the quilts). No stage repeats another's."""
         number, pixels = (self.stage << 40) + step, self.plan(step).pixels
-        quilts, prompts, labels = zip(*(self._sample(number, j, pixels) for j in range(self.batch_size)))
+        c = for_step(self.model.config, self.seed, step)
+        quilts, prompts, labels = zip(*(self._sample(number, j, pixels, c) for j in range(self.batch_size)))
         return data.collate(prompts), data.pad(labels, -1), list(quilts)
 
-    def _sample(self, i, j, pixels):
+    def _sample(self, i, j, pixels, c):
         """(quilt, Prompt, labels) of sample j of batch i: in turn a conversation, and three times as many questions as
         a caption. Over the overview there are coarse questions alone: of all else it shows nothing."""
         rng = np.random.default_rng((world.TRAIN, self.seed, i, j))
@@ -130,7 +132,6 @@ class ToyBatches:
             turns = [text for _, question, answer in asked for text in (question, answer)]
             turns[0] = data.place_images(turns[0], 1)
             pieces = data.turns_to_learn(turns)
-        c = self.model.config
         prompt, labels = data.labelled(pieces, self.model.tokenizer, [data.process_image(image, c)])
         return quilt, data.seen(prompt, pixels, c), labels
 

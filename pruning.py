@@ -1,0 +1,108 @@
+"""Visual tokens that go between layers of the language model: PyramidDrop and SparseVLM.
+
+Both look at what text attends to, and let fewer visual tokens of each image into the layers behind. So a prompt runs in
+stages, each with positions of its own, as if the image had never been larger, and each layer's cache keeps as many
+tokens as the layer saw. This is for the dense configuration alone: VISOR's vision stream has no place where tokens may
+leave. What goes depends on the question, so nothing is kept from one to the next but the encoder's work.
+"""
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+import data
+from cli import timer
+from flops import Stages
+from layout import KV, LayerCache, Past, round_up
+from reduction import best, raters, recycle, sparsevlm
+
+
+class PrunedCache:
+    """Prompts that have run in stages. For decoding it is what a cache_tree.CacheTree is."""
+
+    def __init__(self, model, prompts, steps, timings=None, known=None):
+        """prompts: a list of data.Prompt. steps: tokens of text to reserve. known: as in VLM.pieces. Raises ValueError
+        where the model's reduction does not drop tokens inside."""
+        self.model, self.prompts, self.steps = model, prompts, steps
+        self.stages = []      # (first layer, the one behind the last, Past)
+        self.counts = []      # of each stage: of each prompt its images' visual tokens
+        self.cache = []
+        with timer(timings, "prefill", model.device):
+            t, v = model.embed(data.collate(prompts), timings, known)
+            self.t = self.run_stages(prompts, t, v)
+
+    def ran(self, b):
+        """The flops.Stages of prompt b."""
+        raters = self.model.config.reduction.method == "sparsevlm"
+        return Stages([counts[b] for counts in self.counts], *[len(self.rows[b]), self.asked[b]] * raters)
+
+    def run(self, sa):
+        """The text stream behind all layers, (B, Nt, d), and the caches of all layers."""
+        return self.t, self.cache
+
+    def run_stages(self, prompts, t, v):
+        """Runs all layers, and drops between them. Returns t."""
+        model, c, r = self.model, self.model.config, self.model.config.reduction
+        lm, every = model.language_model, tuple(range(c.layers))
+        self.rows, self.asked = zip(*(self.text_rows(p, t[b], v[b]) for b, p in enumerate(prompts)))
+        for k, (start, stop) in enumerate(pairwise([0, *r.drops(c.layers), c.layers])):
+            batch = data.collate(prompts)
+            layout, vision = model.layout(batch), batch.v_pos.shape[1]
+            self.stages.append((start, stop, Past.empty(len(prompts)).extend(batch.t_pos, batch.v_pos)))
+            self.counts.append([image_tokens(p) for p in prompts])
+            self.cache += [LayerCache(KV(round_up(batch.ids.shape[1] + self.steps) + vision), KV(0))
+                           for _ in range(start, stop)]
+            looks = stop - 1 if r.method == "sparsevlm" else stop  # its attention decides: of the layer behind which
+            t, v = lm.run(t, v, layout, every, start, looks, self.cache)  # tokens go, or before which
+            if stop < c.layers:
+                x = lm.layers[looks].input_layernorm(layout.interleave(v, t))             # (B, N, d)
+                weights = [self.weights(looks, x[b], p, self.rows[b], [r[b] for r in layout.joint.rope_q])
+                           for b, p in enumerate(prompts)]
+            t, v = lm.run(t, v, layout, every, looks, stop, self.cache)
+            if stop < c.layers:
+                prompts, v = self.drop(prompts, v, weights, k)
+        return t
+
+    def text_rows(self, prompt, t, v):
+        """(the text tokens that decide, by their places in t (Nt, d), how many they were chosen from): the one from
+        which the answer's first follows; SparseVLM's raters, of all between the images and the answer. v (Nv, d)."""
+        start = prompt.answer_starts[-1] if prompt.answer_starts else prompt.end
+        end = sum(p < start for p in prompt.t_pos)
+        if self.model.config.reduction.method == "pyramiddrop" or not prompt.images:
+            return torch.tensor([end - 1], device=t.device), 0
+        first = sum(p < prompt.v_pos[-1] for p in prompt.t_pos)
+        found = raters(v[:len(prompt.v_pos)], t[first:end])
+        return first + (found | ~found.any()).nonzero()[:, 0], end - first
+
+    def weights(self, l, x, prompt, rows, rope):
+        """Of layer l's attention from text tokens to visual ones, mean over heads: (rows, visual tokens). x (N, d): all
+        tokens in order of position, as they enter its projections."""
+        t_pos = torch.tensor(prompt.t_pos, device=x.device)[rows]
+        n = len(prompt.t_pos) + len(prompt.v_pos)                          # padding stands behind
+        found = self.model.language_model.layers[l].self_attn.weights(x[:n], t_pos, [r[:n] for r in rope])
+        return found[:, prompt.v_pos]
+
+    def drop(self, prompts, v, weights, k):
+        """What goes on behind the k-th drop: (prompts, v). weights: of each prompt (rows, visual tokens)."""
+        r, layers = self.model.config.reduction, self.model.config.layers
+        left, rows = [], []
+        for b, prompt in enumerate(prompts):
+            parts, firsts, tokens = [], self.counts[0][b], image_tokens(prompt)
+            for first, own, w in zip(firsts, v[b, :len(prompt.v_pos)].split(tokens), weights[b].split(tokens, dim=1)):
+                if r.method == "pyramiddrop":
+                    parts.append(own[best(w.mean(0), r.pyramid_count(k, first, layers))])
+                    continue
+                kept = sparsevlm(w, r.sparse_scale(first))
+                goes = torch.ones(len(own), dtype=torch.bool, device=v.device).index_fill(0, kept, False)
+                parts.append(own[kept])
+                if len(kept) < len(own) and r.option != "drop":
+                    parts[-1] = torch.cat([own[kept], recycle(own[goes], w.mean(0)[goes])])
+            left.append(data.with_tokens(prompt, list(map(len, parts))))
+            rows.append(torch.cat([v[b, :0], *parts]))
+        most = max(map(len, rows))
+        return left, torch.stack([F.pad(row, (0, 0, 0, most - len(row))) for row in rows])
+
+
+def image_tokens(prompt):
+    """Visual tokens of each image of a prompt."""
+    return [prompt.v_img.count(i) for i in range(len(prompt.images))]
