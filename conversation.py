@@ -62,7 +62,7 @@ class Conversation:
 
     def encode(self, prompt, timings):
         with timer(timings, "encoder", self.model.device):
-            self.known = self.model.pieces(prompt.images)
+            self.known = self.model.pieces(prompt.images, timings=timings)
 
     @torch.no_grad()
     def answer(self, prompt, keep=False, routes=None, stages=None, timings=None, **how):

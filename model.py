@@ -116,14 +116,16 @@ class VLM(nn.Module):
 
     # --- images to visual tokens ---
 
-    def encode(self, images, known=None):
-        """A list of data.ProcessedImage -> one (tokens, d) tensor each. known: as in `pieces`."""
-        pieces = zip(self.pieces(images, known), images)
-        return [arrange(p, x.tiling, self.image_newline, self.config) for p, x in pieces]
+    def encode(self, images, known=None, timings=None):
+        """A list of data.ProcessedImage -> one (tokens, d) tensor each. known, timings: as in `pieces`."""
+        pieces = self.pieces(images, known, timings)
+        with timer(timings if self.config.reduction.picks else None, "select", self.device):
+            return [arrange(p, x.tiling, self.image_newline, self.config) for p, x in zip(pieces, images)]
 
-    def pieces(self, images, known=None):
-        """What each image's tiles become before they are put in order: arrange.Pieces. All tiles go through the encoder
-        together. known: of each image those of its first tiles, or None."""
+    def pieces(self, images, known=None, timings=None):
+        """What each image's tiles become before they are put in order: arrange.Pieces. All tiles go through the
+        encoder together. known: of each image those of its first tiles, or None. timings: a dict that gains seconds
+        of "select", what a reduction takes of the encoder's."""
         known = known or [None] * len(images)
         firsts = [0 if k is None else len(k.features) for k in known]
         new = [x.pixels[first:] for x, first in zip(images, firsts)]                  # (tiles, 3, tile, tile) uint8
@@ -131,16 +133,18 @@ class VLM(nn.Module):
             return known
         tiles, dtype = send(torch.cat([torch.from_numpy(x) for x in new]), self.device), self.image_newline.dtype
         # 16 at a time bound the memory; in training all at once, as every rank must call the encoder equally often
-        parts = [self.piece(normalise(x, dtype)) for x in tiles.split(len(tiles) if torch.is_grad_enabled() else 16)]
+        at_once = len(tiles) if torch.is_grad_enabled() else 16
+        parts = [self.piece(normalise(x, dtype), timings) for x in tiles.split(at_once)]
         found = [x.split(list(map(len, new))) for x in map(torch.cat, zip(*parts))]
         return [Pieces(*own) if k is None else Pieces(*map(torch.cat, zip(k, own)))
                 for k, *own in zip(known, *found)]
 
-    def piece(self, x):
+    def piece(self, x, timings):
         """Pixels of tiles (P, 3, tile, tile) -> arrange.Pieces."""
         looks = dict.fromkeys(observed_layers(self.config))
         x = self.vision_tower(x, looks)                                              # (P, N, vision_hidden)
-        features, kept, scores = reduce_tiles(x, list(looks.values()), self.config)  # (P, K, ...)
+        with timer(timings if self.config.reduce else None, "select", self.device):
+            features, kept, scores = reduce_tiles(x, list(looks.values()), self.config)  # (P, K, ...)
         return Pieces(self.multi_modal_projector(features), kept, scores)
 
     def embed(self, batch, timings=None, known=None):
@@ -151,7 +155,7 @@ class VLM(nn.Module):
         images = [x for row in batch.images for x in row]  # of all prompts, so that the encoder runs once
         if images:
             with timer(timings, "encoder", self.device, out_of="prefill"):
-                features = iter(self.encode(images, known))
+                features = iter(self.encode(images, known, timings))
             rows = [torch.cat([v[0, :0], *(next(features) for _ in row)]) for row in batch.images]
             v = torch.stack([F.pad(row, (0, 0, 0, v.shape[1] - len(row))) for row in rows])
         return t, v
@@ -280,9 +284,10 @@ class VLM(nn.Module):
         """Answers to a list of data.Prompt: a list of token id lists, without the closing <|im_end|>.
 
         sa: a configuration, a list with one for each prompt, or "auto". pixels: "all", "overview" or "auto"; a prompt
-        that has no overview gets all. timings: a dict that gains seconds of "encoder", "prefill", "decode". routes: a
-        list that receives each prompt's Plan; stages: likewise its flops.Stages, or None. on_token(i, id) is called for
-        each token as it comes. max_tokens, how: as in decoding.generate.
+        that has no overview gets all. timings: a dict that gains seconds of "encoder", "prefill", "decode", and
+        "select", a reduction's share of them. routes: a list that receives each prompt's Plan; stages: likewise its
+        flops.Stages, or None. on_token(i, id) is called for each token as it comes. max_tokens, how: as in
+        decoding.generate.
         """
         if isinstance(sa, list) and len(sa) != len(prompts):
             raise ValueError(f"{len(sa)} configurations for {len(prompts)} prompts: give one each")
@@ -319,7 +324,7 @@ class VLM(nn.Module):
         if small:
             rows, seen = list(small), list(small.values())
             with timer(timings, "encoder", self.device):
-                known |= zip(rows, self.pieces([p.images[0] for p in seen]))
+                known |= zip(rows, self.pieces([p.images[0] for p in seen], timings=timings))
             tree = tree_of(rows, "overview", seen)
             with timer(timings, "prefill", self.device):
                 enough = pixels == "overview" or self.overview_will_do(tree, [p.answer_starts for p in seen])

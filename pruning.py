@@ -5,6 +5,7 @@ stages, each with positions of its own, as if the image had never been larger, a
 tokens as the layer saw. This is for the dense configuration alone: VISOR's vision stream has no place where tokens may
 leave. What goes depends on the question, so nothing is kept from one to the next but the encoder's work.
 """
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -29,7 +30,7 @@ class PrunedCache:
         self.cache = []
         with timer(timings, "prefill", model.device):
             t, v = model.embed(data.collate(prompts), timings, known)
-            self.t = self.run_stages(prompts, t, v)
+            self.t = self.run_stages(prompts, t, v, timings)
 
     def ran(self, b):
         """The flops.Stages of prompt b."""
@@ -40,11 +41,13 @@ class PrunedCache:
         """The text stream behind all layers, (B, Nt, d), and the caches of all layers."""
         return self.t, self.cache
 
-    def run_stages(self, prompts, t, v):
+    def run_stages(self, prompts, t, v, timings):
         """Runs all layers, and drops between them. Returns t."""
         model, c, r = self.model, self.model.config, self.model.config.reduction
         lm, every = model.language_model, tuple(range(c.layers))
-        self.rows, self.asked = zip(*(self.text_rows(p, t[b], v[b]) for b, p in enumerate(prompts)))
+        choosing = partial(timer, timings, "select", model.device)
+        with choosing():
+            self.rows, self.asked = zip(*(self.text_rows(p, t[b], v[b]) for b, p in enumerate(prompts)))
         for k, (start, stop) in enumerate(pairwise([0, *r.drops(c.layers), c.layers])):
             batch = data.collate(prompts)
             layout, vision = model.layout(batch), batch.v_pos.shape[1]
@@ -54,14 +57,15 @@ class PrunedCache:
                            for _ in range(start, stop)]
             looks = stop - 1 if r.method == "sparsevlm" else stop  # its attention decides: of the layer behind which
             t, v = lm.run(t, v, layout, every, start, looks, self.cache)  # tokens go, or before which
-            if stop < c.layers:
+            if stop == c.layers:
+                return lm.run(t, v, layout, every, looks, stop, self.cache)[0]
+            with choosing():
                 x = lm.layers[looks].input_layernorm(layout.interleave(v, t))             # (B, N, d)
                 weights = [self.weights(looks, x[b], p, self.rows[b], [r[b] for r in layout.joint.rope_q])
                            for b, p in enumerate(prompts)]
             t, v = lm.run(t, v, layout, every, looks, stop, self.cache)
-            if stop < c.layers:
+            with choosing():
                 prompts, v = self.drop(prompts, v, weights, k)
-        return t
 
     def text_rows(self, prompt, t, v):
         """(the text tokens that decide, by their places in t (Nt, d), how many they were chosen from): the one from

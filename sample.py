@@ -263,7 +263,7 @@ def main(argv=None):
             on_token=Stream(model.tokenizer) if stream else None)
         asked = Route(key, sa, pixels, routes[0], stages[0])
         report = {"question": question, **report_of(model, costs, asked, prefix, prompt, tokens),
-                  "seconds": {k: round(s, 4) for k, s in timings.items()}}
+                  "seconds": {k: round(timings[k], 4) for k in ("encoder", "prefill", "decode")}}
         if args.json:
             print(json.dumps(report), flush=True)
         else:
