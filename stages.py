@@ -80,13 +80,13 @@ def given_settings(args):
 def set_trainable(model, stage, joined=False):
     """What a stage trains. Stage 0 of a joined SigLIP and Qwen2 trains the connector between them, which is new; with
     VisionZip it is the connector that learns from fewer tokens, as the article has it."""
-    joined = joined or stage == 0 and model.config.reduction.method == "visionzip"
-    model.requires_grad_(stage in (0, 2) and not joined)
+    connector = joined or stage == 0 and model.config.reduction.method == "visionzip"
+    model.requires_grad_(stage in (0, 2) and not connector)
     for module in {1: [model.language_model.cross], 3: [model.router]}.get(stage, []):
         module.requires_grad_(True)
-    if joined:
+    if connector:
         model.multi_modal_projector.requires_grad_(True)
-        model.image_newline.requires_grad_(True)
+        model.image_newline.requires_grad_(joined)
 
 
 def make_batches(model, stage, out, s, samples, distributed):

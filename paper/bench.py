@@ -5,6 +5,7 @@
     python -m paper.bench --compare   --quick against that JSON: a ratio that fell by more than a fifth is an error
     python -m paper.bench --measure   seconds of encoder and prefill against the operations that flops.py counts
     python -m paper.bench --pixels    seconds to the first token over the overview, and what asking first costs
+    python -m paper.bench --reduce    likewise with every reduction of visual tokens; bench-reduce-DEVICE-DTYPE.json
 
 Random weights of the 0.5B geometry. Systems take turns, so that a busy machine slows all alike; medians of the rounds.
 An encoder is timed once a round; a row's first token is encoder and prefill, its whole an answer too. transformers runs
@@ -29,6 +30,7 @@ from encoders.siglip import VisionTower
 from flops import answer_flops, cache_bytes, connector_flops, llm_flops, router_flops, sa_name, tower_flops
 from layout import Past, make_layout
 from model import Connector, LanguageModel
+from paper import clock
 from paper.systems import (ANSWER, IMAGES, TEXT, Kernels, Ours, Theirs, bandwidth, device, machine, matmul_rate,
                            peak_bytes, random_module, seconds)
 from parallel import LossModule
@@ -207,24 +209,6 @@ def training(ours, config, tiles, batch, rate, dtype):
     return out
 
 
-def pixel_seconds(tiles, dtype, rounds):
-    """{label: [seconds to the first token, once a round]} of one prompt in layers 1,4: with all tiles, over the
-    overview, and asked first, which of the two the router wants."""
-    ours = Ours(preset("llava-ov-0.5b"), dtype)
-    prompts, _ = ours.prompts(tiles, 1)
-    ways = {"all": ("all", 0.0), "overview": ("overview", 0.0), "asked first, then all": ("auto", 1.0),
-            "asked first, overview": ("auto", 0.0)}  # pixels, and the probability from which the overview will do
-    found = {label: [] for label in ways}
-    for i in range(rounds + 1):  # the first warms up
-        for label, (pixels, threshold) in ways.items():
-            ours.model.config.pixel_threshold, routes = threshold, []
-            took = seconds(lambda: ours.model.generate(prompts, "auto", pixels, max_tokens=1, routes=routes,
-                                                       allowed=[(1, 4)]))
-            assert (routes[0].pixels == "all") == label.endswith("all")
-            found[label] += [took] * (i > 0)
-    return found
-
-
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 def table(result):
@@ -267,15 +251,6 @@ def measured_table(tiles):
         lines.append(f"{x['sa']:24}{x['encoder']:>9.2f}{x['llm']:>9.2f}{total:>9.2f}{x['counted']:>10.2f}"
                      f"{total / x['counted']:>16.2f}")
     return "\n".join(lines)
-
-
-def pixels_table(found, tiles, dtype):
-    """Medians, and their ratios to all tiles, as lines."""
-    every = statistics.median(found["all"])
-    lines = [f"{machine()}, {str(dtype)[6:]}, {tiles} tiles, layers 1,4, medians of {len(found['all'])}", "",
-             "| first token | s | times sooner |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {label} | {statistics.median(x):.2f} | {every / statistics.median(x):.2f} |"
-                              for label, x in found.items()])
 
 
 def fallen(before, now, by=0.2):
@@ -346,6 +321,8 @@ def parse(argv=None):
                    "in four configurations, beside the operations that flops.py counts")
     p.add_argument("--pixels", action="store_true", help="time to the first token, of the first of --tiles "
                    "(default: 5): all tiles, the overview, asked first")
+    p.add_argument("--reduce", action="store_true", help="time to the first token, of the first of --tiles "
+                   "(default: 5): VISOR's configurations and the reductions of visual tokens")
     p.add_argument("--plot", action="store_true", help="only draw the JSON of this kind of device again")
     args = p.parse_args(argv)
     if (args.rounds or 1) < 1 or min(args.batch or [1]) < 1:
@@ -360,7 +337,14 @@ def main(argv=None):
     fast = choose_dtype("auto", device(), 1e9)[0]
     if args.pixels:
         tiles, dtype = (args.tiles or [5])[0], getattr(torch, args.dtype[0]) if args.dtype else fast
-        return print(pixels_table(pixel_seconds(tiles, dtype, args.rounds or 3), tiles, dtype))
+        return print(clock.pixels_table(clock.pixel_seconds(tiles, dtype, args.rounds or 3), tiles, dtype))
+    if args.reduce:
+        tiles, dtype = (args.tiles or [5])[0], getattr(torch, args.dtype[0]) if args.dtype else fast
+        result = clock.reductions(tiles, dtype, args.batch or [1, 8], args.rounds or 2)
+        if not (args.tiles or args.batch):
+            file = RESULTS / f"bench-reduce-{device()}-{result['dtype']}.json"
+            file.write_text(json.dumps(result, indent=1) + "\n")
+        return print(clock.reductions_table(result))
     dtypes = args.dtype or dict.fromkeys([str(fast)[6:]] if device() == "cuda" else ["float32", str(fast)[6:]])
     files, failed = {dtype: RESULTS / f"bench-{device()}-{dtype}.json" for dtype in dtypes}, []
     for dtype, committed in files.items() if args.plot or args.compare else ():

@@ -129,7 +129,7 @@ class Ours:
 
     def answer(self, prompts, seen, sa, timings, tokens=ANSWER):
         """Seconds of prefill and decode are added to timings."""
-        self.model.encode = lambda images, known=None: seen
+        self.model.encode = lambda images, known=None, timings=None: seen
         self.model.generate(prompts, sa, max_tokens=tokens, timings=timings, allowed=[(1, 4)] if sa == "auto" else None)
 
 
