@@ -30,7 +30,7 @@ SETTINGS = {
     **dict.fromkeys(("compile", "fsdp", "checkpointing", "overfit", "joined"), [False, True]),
     # the miniature's
     "turns": range(1, 1001), "questions": range(1, 1 << 20), "auxiliary_weight": (0.0, 1e6),
-    "drop_vision_from": range(1 << 40), "largest_first": (0.0, 1.0), "label_smoothing": (0.0, 1.0),
+    "draw_from": range(1 << 40), "restart": range(1 << 40), "largest_first": (0.0, 1.0), "label_smoothing": (0.0, 1.0),
 }
 STATES = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum"}}  # of a parameter, by kind of optimiser
 MAY_BE_NONE = ("decay_start", "samples", "max_tokens")

@@ -94,9 +94,9 @@ def make_batches(model, stage, out, s, samples, distributed):
     if samples is not None and stage < 3:
         return ConversationBatches(model, stage, samples, s, out, distributed)
     if stage < 3:
-        auxiliary_weight = 0.0 if model.config.reduce else s.get("auxiliary_weight", 0.0)  # it is about all tokens
-        return ToyBatches(model, s["seed"], s["batch_size"], s["turns"], auxiliary_weight,
-                          s.get("drop_vision_from", 0), s.get("largest_first", 0), s["steps"], stage)
+        pretrains = stage == 0 and not model.config.reduce  # what that adds is about all visual tokens
+        return ToyBatches(model, s["seed"], s["batch_size"], s["turns"], s.get("auxiliary_weight", 0.0),
+                          s.get("draw_from", 0) if pretrains else None, s.get("largest_first", 0), s["steps"], stage)
     n, seed = s["questions"], s["seed"]
     eval_set = eval_questions(samples, n, seed) if samples else world.eval_set(seed, n, world.TRAIN)
     results = router.log_results(out / "labels.jsonl", model, eval_set)

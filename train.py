@@ -118,7 +118,7 @@ def train(model, stage, out, settings, checkpoint=None, samples=None, distribute
                                      "Begin again in another --out, with a lower --lr" if step > first else
                                      "The weights that it begins with are broken; begin with others"))
             learned = learned or value > 0
-            factor = lr_factor(step, s["steps"], s["warmup"], s["decay_start"], s.get("drop_vision_from", 0))
+            factor = lr_factor(step, s["steps"], s["warmup"], s["decay_start"], s.get("restart", 0))
             for opt, _, lr in opts.values():
                 opt.param_groups[0]["lr"] = lr * factor
                 opt.step()
@@ -234,8 +234,10 @@ def parse(argv=None):
     toy.add_argument("--questions", type=int, default=250, metavar="N", help="a task, for the table (default: 250)")
     toy.add_argument("--auxiliary-weight", type=float, metavar="X", help="stage 0: weight of the words that visual "
                      "tokens are taught (default: 1)")
-    toy.add_argument("--drop-vision-from", type=int, metavar="N", help="stage 0: the step from which vision is dropped "
-                     f"in random layers, the rate begins anew (default: {RECIPES[0]['drop_vision_from']})")
+    toy.add_argument("--draw-from", type=int, metavar="N", help="stage 0: the step from which vision is refined in "
+                     f"viable configurations, too (default: {RECIPES[0]['draw_from']})")
+    toy.add_argument("--restart", type=int, metavar="N", help="stage 0: the step from which the rate begins anew, at "
+                     f"two thirds; 0: never (default: {RECIPES[0]['restart']})")
     toy.add_argument("--largest-first", type=float, metavar="F", help="stage 2: the share of the steps that comes "
                      "first and trains the largest and the smallest configuration alone (default: 0.375)")
     args = p.parse_args(argv)

@@ -1,5 +1,5 @@
 """What only the miniature's training has: recipes, batches of quilts, weighted drawing of configurations, its first
-weights, and what its dense pretraining (stage 0) needs: an auxiliary loss, and layers that leave vision out.
+weights, and what its dense pretraining (stage 0) needs: an auxiliary loss, and text that looks where VISOR will.
 
 train.py runs it in its loop as it runs anyone's data. Nothing of it is in the paper, whose models start from
 LLaVA-OneVision and draw configurations uniformly.
@@ -18,9 +18,10 @@ from toy import world
 # Batches are of images, with 10 questions each or 30 short ones; in stage 3 of questions. lr is Muon's, AdamW has a
 # tenth; it is constant up to decay_start * steps, then falls linearly. LOG.md has the experiments behind the numbers.
 RECIPES = {
-    0: dict(batch_size=24, steps=6000, lr=0.015, warmup=50, decay_start=0.55,
+    0: dict(batch_size=24, steps=9000, lr=0.015, warmup=50, decay_start=0.55,
+            restart=6000,             # the rate once more, at two thirds, for the counts over whole panels
             auxiliary_weight=1.0,     # without it no task rises above guessing in this budget
-            drop_vision_from=5000),   # from the first step on, relations would be learned in too late a layer
+            draw_from=3500),          # the step from which viable configurations are drawn
     1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, decay_start=0.5),  # a warm-up; 300 steps bring little more
     2: dict(batch_size=24, steps=1200, lr=0.01, warmup=30, decay_start=0.5,
             largest_first=0.375),     # of the steps: relations learned first in the largest configuration stay
@@ -97,15 +98,16 @@ class ToyBatches:
     Deterministic: batch i depends only on (seed, i), the configuration and the loss of a step on (seed, step).
     """
 
-    def __init__(self, model, seed, batch_size, turns=10, auxiliary_weight=0.0, drop_vision_from=0, largest_first=0,
+    def __init__(self, model, seed, batch_size, turns=10, auxiliary_weight=0.0, draw_from=None, largest_first=0,
                  steps=0, stage=2):
-        """turns: questions an image. auxiliary_weight: of stage 0's auxiliary loss. drop_vision_from: the step of stage
-        0 from which questions are answered with vision dropped in random layers. largest_first: the share of the
-        stage's `steps` in which the largest and the smallest configuration alone are trained."""
-        if auxiliary_weight and model.config.ca:
+        """turns: questions an image. auxiliary_weight, draw_from: of stage 0's two additions, see `losses` and
+        `draw_refining_layers`; draw_from None: neither. largest_first: the share of the stage's `steps` in which the
+        largest and the smallest configuration alone are trained."""
+        if (auxiliary_weight or draw_from is not None) and model.config.ca:
             raise ValueError("the auxiliary loss is for the dense miniature: leave it out after stage 0")
         self.model, self.seed, self.batch_size, self.turns, self.stage = model, seed, batch_size, turns, stage
-        self.auxiliary_weight, self.drop_vision_from = auxiliary_weight, drop_vision_from
+        self.pretrains, self.draw_from = draw_from is not None, draw_from or 0
+        self.auxiliary_weight = auxiliary_weight if self.pretrains else 0.0
         self.largest_first_steps = largest_first * steps
         self.vocabulary = model.tokenizer.get_vocab()
         self.tokens = None  # of a step: training files count them
@@ -152,73 +154,64 @@ class ToyBatches:
         """Yields the loss of one batch; the loop takes several, this is one.
 
         Stage 0 adds two things, both to make of a small dense model what large ones are by themselves (paper, section
-        3): features of an image before anyone asks, and layers that do not depend on all those before them, so that
-        some of them may look at vision no more.
+        3): features of an image before anyone asks, and text that reads them where VISOR will let it. In every other
+        step text looks at vision in VISOR's cross-attention layers alone.
         """
         batch, labels, quilts = item
         model, rng = self.model, np.random.default_rng((self.seed, step))
-        late = step >= self.drop_vision_from
         t, v = model.embed(batch)                                                  # (B, Nt, d), (B, Nv, d)
-        layout = model.layout(batch)
-        if self.auxiliary_weight and late:
-            answers, _ = self.run_dense(t, v, layout, *self.draw_dropped_layers(rng))[-1]
+        refining = self.draw_refining_layers(rng, step)
+        states = self.vision_states(batch, t, v, refining) if self.pretrains else None
+        if self.pretrains and step % 2:
+            answers = self.read(t, states, model.layout(batch))
         else:
-            answers, _ = model.language_model.run(t, v, layout, plan.sa, 0, model.config.layers)
+            answers, _ = model.language_model.run(t, v, model.layout(batch), plan.sa)
         h = model.language_model.norm(answers)                                     # (B, Nt, d)
         targets = int(data.target_mask(labels, batch.t_pos).sum())
         loss = model.answer_loss(h, labels, batch.t_pos) / targets
-        if self.auxiliary_weight:
-            states = self.vision_states(batch, t, v, self.draw_frozen_layers(rng, late))
+        if self.auxiliary_weight and refining.issuperset(world.SA):
             truth = np.float32(0)
-            for level, state in enumerate(states):
+            for level, l in enumerate((0, *(l + 1 for l in world.SA))):
                 truth = np.maximum(truth, self.word_targets(quilts, level))        # what was true below is still true
-                marked = state[:, world.PANEL_TOKENS + world.CELL_TOKENS]          # (B, 40, d)
+                marked = states[l][:, world.PANEL_TOKENS + world.CELL_TOKENS]      # (B, 40, d)
                 wanted = torch.from_numpy(truth).to(v.device)                      # (B, 40, vocab)
                 loss = loss + self.auxiliary_weight * auxiliary_loss(model, marked, wanted)
         yield loss
 
     # --- stage 0 ---
 
-    def draw_dropped_layers(self, rng):
-        """(text-only layers, layers in which vision is frozen) while questions are answered: a random share of all
-        layers but the candidates. Text-only are those that have no attention to vision in VISOR; where it will have a
-        cross-attention, text goes on looking."""
-        share = rng.random(self.model.config.layers) < rng.random()
-        drawn = [l for l, is_drawn in enumerate(share) if is_drawn and l not in world.SA]
-        return [l for l in drawn if l not in world.CA], [l for l in drawn if l in world.CA]
-
-    def draw_frozen_layers(self, rng, late):
-        """Layers in which vision is frozen while the auxiliary loss is computed: each but the candidates with
-        probability 1/2 (stochastic depth, Huang et al. 2016); late in the stage, every other time, all of them."""
+    def draw_refining_layers(self, rng, step):
+        """The layers in which vision is refined for `vision_states`: the candidates, and each other layer with
+        probability 1/2 (stochastic depth, Huang et al. 2016). Late in the stage every other time none but the
+        candidates, and in every fourth step only those of a viable configuration."""
+        late = step >= self.draw_from
         p = rng.choice([0.5, 1.0]) if late else 0.5
-        share = rng.random(self.model.config.layers) < p
-        return [l for l, is_drawn in enumerate(share) if is_drawn and l not in world.SA]
+        rests = rng.random(self.model.config.layers) < p
+        candidates = world.VIABLE[rng.integers(len(world.VIABLE))] if late and step % 4 == 3 else world.SA
+        return {l for l, is_resting in enumerate(rests) if not is_resting and l not in world.SA} | {*candidates}
 
-    def run_dense(self, t, v, layout, text_only, frozen, stop=None):
-        """[(t, v) after layer l, for each l < stop] of the dense model (default: of all layers).
+    def vision_states(self, batch, t, v, refining):
+        """The vision stream (B, Nv, d) as it enters each layer up to the last cross-attention.
 
-        Text runs in each layer and attends to vision in all but those of `text_only`; vision is refined in all but
-        those and the `frozen` ones.
-        """
-        every_layer, states = tuple(range(self.model.config.layers)), []
-        for l in every_layer[:stop]:
-            # Alone in its configuration, a layer is the last that reads vision (a dense model has no cross-attention),
-            # so run leaves v as it is. With all layers in it, others follow and v is refined, but for the model's last
-            sa = () if l in text_only else (l,) if l in frozen else every_layer
-            t, v = self.model.language_model.run(t, v, layout, sa, l, l + 1)
-            states.append((t, v))
-        return states
-
-    def vision_states(self, batch, t, v, frozen):
-        """Four states of the vision stream (B, Nv, d), of which the words of levels 0, 1, 2, 3 are to be true: the
-        connector's output, and what the first, second, third candidate makes of it.
-
-        The images run once more, as other layers are frozen than for the answers, and without the questions. The two
-        text tokens before an image, system line and user marker, stay: visual tokens attend to them.
+        The images run by themselves, without the questions. The two text tokens before an image, system line and user
+        marker, stay: visual tokens attend to them.
         """
         cut = batch._replace(ids=batch.ids[:, :2], t_pos=batch.t_pos[:, :2])
-        after = self.run_dense(t[:, :2], v, self.model.layout(cut), (), frozen, stop=max(world.SA) + 1)
-        return [v, *(after[l][1] for l in world.SA)]
+        layout, every_layer, states, t = self.model.layout(cut), range(self.model.config.layers), [v], t[:, :2]
+        for l in every_layer[:max(world.CA)]:
+            # Alone in its configuration, a layer is the last that reads vision (a dense model has no cross-attention),
+            # so run leaves v as it is. With all layers in it, others follow and v is refined
+            t, v = self.model.language_model.run(t, v, layout, every_layer if l in refining else (l,), l, l + 1)
+            states.append(v)
+        return states
+
+    def read(self, t, states, layout):
+        """The text stream (B, Nt, d) behind all layers, where it looks at vision in world.CA alone. states: of
+        `vision_states`."""
+        for l in range(self.model.config.layers):
+            looks = l in world.CA
+            t, _ = self.model.language_model.run(t, states[min(l, max(world.CA))], layout, (l,) * looks, l, l + 1)
+        return t
 
     def word_targets(self, quilts, level):
         """(B, 40, vocab) float32: 1 for each word that becomes true of a panel or a cell at this level, else 0."""
