@@ -1,12 +1,14 @@
 """paper/bench.py on a model so small that it is about the program, not about time."""
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import methods
 from flops import cache_bytes, llm_flops
-from paper import bench
+from paper import bench, clock, compare
 from tests import tiny
 
 
@@ -49,11 +51,50 @@ def test_more_prompts_at_once_and_training():
 def test_pixels_are_what_they_are_called(monkeypatch, capsys):
     """Four ways to the first token; inside, each is checked to have taken the pixels that it is named after."""
     config = tiny.config(layers=24, tile=384, patch=96, tied=True)
-    monkeypatch.setattr(bench, "preset", lambda name: config)
+    monkeypatch.setattr(clock, "preset", lambda name: config)
     bench.main(["--pixels", "--rounds", "1", "--dtype", "float32"])
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row[1].strip() for row in rows] == ["all", "overview", "asked first, then all", "asked first, overview"]
     assert float(rows[0][3]) == 1 and all(float(row[2]) >= 0 for row in rows)
+
+
+def test_every_reduction_is_timed_beside_dense(monkeypatch, capsys):
+    config = tiny.config(layers=24, tile=384, patch=96, tied=True)
+    monkeypatch.setattr(clock, "preset", lambda name: config)
+    bench.main(["--reduce", "--rounds", "1", "--dtype", "float32", "--batch", "2", "--tiles", "5"])
+    out = capsys.readouterr().out
+    rows = [line.split("|") for line in out.splitlines() if line.startswith("| ") and "LLM" not in line]
+    assert [row[1].strip() for row in rows] == list(clock.REDUCED) and "Batch 2:" in out
+    assert {x.partition(":")[0] for x, _ in clock.REDUCED.values()} == {"", *methods.METHODS}
+    saved = {row[1].strip(): float(row[2].split("x")[0]) for row in rows}
+    assert saved["dense"] == 1 and all(x > 1 for name, x in saved.items() if name != "dense")
+    assert saved["VISOR, 2 layers, VisionZip"] > saved["VisionZip"]
+    assert {row[1].strip() for row in rows if float(row[6]) > 0} >= {"VisPruner", "PyramidDrop, hard", "SparseVLM"}
+
+
+def test_a_comparison_says_what_ran(tmp_path, monkeypatch):
+    """One training of three steps; each row's accuracy is evaluation's, its saving what flops.py counts."""
+    monkeypatch.setattr(compare, "STEPS", 3)
+    args = SimpleNamespace(out=str(tmp_path), questions=2, dtype=torch.float32, device="cpu", report=False)
+    rows = compare.TABLE_1[0], compare.TABLE_1[6], compare.TABLE_1[8], compare.TABLE_1[11]
+    assert [row.label for row in rows] == ["dense", "M3, 3 x 3 to 2 x 2", "PyramidDrop, easy", "VISOR"]
+    found = [x for row in rows for x in compare.experiment(row, 0, args)]
+    assert [x["sa"] for x in found] == 3 * ["dense"] + ["none", "4", "7", "4,7", "4,10", "4,7,10"]
+    by_label = {x["label"]: x for x in found}
+    dense, pooled, dropped, visor = (by_label[row.label] for row in rows)
+    assert dense["saving"] == dense["first_token"] == dense["nominal"] == 1
+    assert pooled["nominal"] == pytest.approx(51 / 24) and dropped["nominal"] == pytest.approx(
+        12 * 51 / (51 + 2 * 15 + 3 * 10 + 6 * 5))                      # layers 0; 1, 2; 3 to 5; 6 to 11
+    assert visor["sa"] == "4,7,10" and 2 < visor["saving"] < 2.6 and visor["nominal"] == 1
+    assert all(x["detail"] > 0.7 for x in (dense, visor)) and pooled["detail"] < 0.7
+    text = compare.table(rows, found) + compare.by_task(rows, found)
+    assert text.count("| VISOR |") == 7 and "| PyramidDrop, easy | dense |" in text
+    compare.draw(tmp_path / "x.png", found)
+    assert (tmp_path / "x.png").stat().st_size > 10000
+    monkeypatch.setattr(compare, "all_results", None)                  # what is there is not made again
+    assert compare.experiment(rows[0], 0, args) == found[:1]
+    args.report = True
+    assert compare.experiment(compare.TABLE_1[2], 0, args) == []
 
 
 def test_kernels_are_counted(result):
