@@ -2,22 +2,32 @@
 
     python -m paper.miniature
 
-And what the overview alone is worth to the dense model: coarse questions over the base tile. Writes
-paper/results/miniature.json and assets/miniature.png, and prints the table of paper/README.md.
+And what the overview alone is worth to the dense model: coarse questions over the base tile; and how soon the first
+token comes, by stratum. Writes paper/results/miniature.json, assets/miniature.png and assets/first_token.png, and
+prints the tables of paper/README.md.
 """
 import json
 import statistics
+import time
 from pathlib import Path
 
+import numpy as np
+
+import data
 import train
 from cli import NANO, Parser, placement, run
 from config import Plan
 from evaluation import accuracy, all_results
+from flops import sa_name
 from model import VLM
+from paper.systems import machine
+from report import pyplot
 from router import summarise
 from toy import world
 
 ROOT = Path(__file__).parent.parent
+LOOKS = {"dense": ("black", "s", 9), "VISOR, a configuration named": ("tab:blue", "o", 7),
+         "router of layers": ("tab:blue", "*", 17), "router of pixels and layers": ("tab:green", "*", 17)}
 
 
 def table(rows):
@@ -38,6 +48,62 @@ def table(rows):
     spread = max(max(seeds) - min(seeds) for _, value in parts for i in range(len(head))
                  for seeds in [[value(seed[i]) for seed in rows]])
     return "\n".join(lines), spread
+
+
+def first_token(dense, visor, eval_set, n=96, rounds=5):
+    """{stratum: {system: (ms a prompt to the first token, accuracy)}} of n questions at once; systems take turns."""
+    c = visor.config
+    systems = {"dense": (dense, tuple(range(c.layers)), "all"),
+               **{f"VISOR, {sa_name(c, sa)}": (visor, sa, "all") for sa in c.viable},
+               "router of layers": (visor, "auto", "all"), "router of pixels and layers": (visor, "auto", "auto")}
+    found = {}
+    for stratum, tasks in world.STRATA.items():
+        asked = [(image, q, a) for image, questions in eval_set for task, q, a in questions if task in tasks]
+        asked = [asked[i] for i in np.random.default_rng(0).permutation(len(asked))[:n]]
+        prompts = [data.encode(data.chatml([data.place_images(q, 1)]), visor.tokenizer, [data.process_image(image, c)])
+                   for image, q, _ in asked]
+        times, right = {name: [] for name in systems}, {}
+        for i in range(rounds + 1):  # the first is to warm up
+            for name, (model, sa, pixels) in systems.items():
+                start = time.perf_counter()
+                model.generate(prompts, sa, pixels, max_tokens=1)
+                times[name] += [1000 * (time.perf_counter() - start) / len(asked)] * (i > 0)
+        for name, (model, sa, pixels) in systems.items():
+            answers = map(model.tokenizer.decode, model.generate(prompts, sa, pixels, max_tokens=4))
+            right[name] = statistics.mean(x.strip() == a for x, (*_, a) in zip(answers, asked))
+        found[stratum] = {name: (statistics.median(times[name]), right[name]) for name in systems}
+    return found
+
+
+def first_token_table(found):
+    """Markdown: ms, how much sooner than dense, accuracy, of each stratum."""
+    lines = ["| | " + " | ".join(f"{stratum}: ms | sooner | accuracy" for stratum in found) + " |",
+             "|---" * (1 + 3 * len(found)) + "|"]
+    for name in next(iter(found.values())):
+        cells = [f"{own[name][0]:.2f} | {own['dense'][0] / own[name][0]:.2f}x | {own[name][1]:.3f}"
+                 for own in found.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_first_token(path, found):
+    """A panel for each stratum: accuracy against the time to the first token."""
+    figure, panels = pyplot().subplots(1, len(found), figsize=(13, 4), sharey=True, constrained_layout=True)
+    for panel, (stratum, own) in zip(panels, found.items()):
+        for name, (ms, accuracy) in own.items():
+            label = "VISOR, a configuration named" if "VISOR" in name else name
+            colour, marker, size = LOOKS[label]
+            panel.plot(ms, accuracy, marker, color=colour, markersize=size, markeredgecolor="white", label=label)
+            if "VISOR" in name:
+                panel.annotate(name.removeprefix("VISOR, "), (ms, accuracy), xytext=(5, -12), fontsize=8,
+                               textcoords="offset points")
+        panel.set(title=f"{stratum} questions", xlabel="ms to the first token", ylim=(0, 1.05),
+                  xlim=(0, 1.1 * max(ms for ms, _ in own.values())))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy")
+    by_label = {label: handle for handle, label in zip(*panels[0].get_legend_handles_labels())}
+    panels[0].legend(by_label.values(), by_label.keys(), fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=110)
 
 
 def main(argv=None):
@@ -64,11 +130,15 @@ def main(argv=None):
             so_far += more
     text, spread = table(rows)
     summary(everything).draw(ROOT / "assets" / "miniature.png")
+    soon = first_token(dense, visor, world.eval_set(3, 60))
+    draw_first_token(ROOT / "assets" / "first_token.png", soon)
     (ROOT / "paper" / "results" / "miniature.json").write_text(json.dumps(
         {"command": "python -m paper.miniature", "dtype": str(visor.image_newline.dtype),
-         "seeds": args.seed or [0, 1, 2], "rows": rows, "dense_over_the_overview": alone}, indent=1) + "\n")
+         "seeds": args.seed or [0, 1, 2], "rows": rows, "dense_over_the_overview": alone, "first_token": soon,
+         "machine": machine()}, indent=1) + "\n")
     print(f"{text}\n\nLargest difference of any number between two of the seeds: {spread:.3f}.\n\nDense, over the base "
           "tile alone: " + ", ".join(f"{task} {statistics.mean(x[task] for x in alone):.3f}" for task in alone[0]))
+    print(f"\n{machine()}, 96 prompts at once:\n\n{first_token_table(soon)}")
 
 
 if __name__ == "__main__":
