@@ -456,7 +456,7 @@ def test_note_of_what_is_kept():
 
 
 def test_outline_of_a_patch():
-    """In the colour of its own, around the patch and nowhere else; the picture lies half a patch below its map's top."""
+    """In its colour, around the patch and nowhere else; the picture begins half a patch below the top of its map."""
     c = tiny.config()
     image, p = Image.new("RGB", (90, 90)), process_image(Image.new("RGB", (90, 90)), c, False)
     merged = np.zeros((4, 4))
