@@ -1,19 +1,22 @@
-"""A picture of what the model did: the image and its tiles, the layers by kind, and where the answer's attention went.
+"""A picture of what the model did: the image, its tiles and what a reduction kept of it, the layers by kind, and where
+the answer's attention went.
 
 Drawn with Pillow alone. Used by `sample.py --explain out.png`.
 """
+import math
 import textwrap
 import unicodedata
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cli import counted
-from data import Prompt, collate, join
+from data import Prompt, collate, join, with_tokens
 
 INK, PALE, PAPER = (32, 33, 36), (112, 117, 125), (255, 255, 255)
 KINDS = {"text-only": (218, 221, 226), "cross-attention": (72, 133, 237), "self-attention": (240, 140, 30)}
@@ -24,34 +27,84 @@ FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "A
          "msyh.ttc")
 
 
+class Look(NamedTuple):
+    """What an answer looked at. Visual tokens are those that enter layer 0, of all images in order; each has a place,
+    the number of a cell of its image: first the base tile's, row by row, then the grid's."""
+    weights: dict       # {layer that looks at vision: (visual tokens,)}; zero where a token is gone
+    shares: dict        # {layer: what all its visual tokens get}, those without a place too
+    places: np.ndarray  # (visual tokens,) -1: none, as newlines
+    merged: np.ndarray  # (visual tokens,) bool: others were merged into it (VisionZip)
+    kept: np.ndarray    # (visual tokens,) bool: it is in the last layer
+    added: int = 0      # tokens of the last layer that were merged inside the language model, and have no place
+
+
 def attention_to_images(model, prompt, answer, sa):
-    """{layer: weights (visual tokens,)} of each layer that looks at vision: the attention of the tokens from which the
-    answer was predicted, mean over them and over the heads. A self-attention layer's weights sum to the share that
-    goes to vision. prompt: the whole data.Prompt, which runs once more, with the answer's token ids behind it.
+    """The Look of an answer: the attention of the tokens from which it was predicted, mean over them and over the
+    heads. prompt: the whole data.Prompt, text at its end; it runs once more, with the answer's token ids behind it.
     """
     import torch
-    positions = [prompt.end + i for i in range(len(answer))]
-    whole = join(prompt, Prompt(list(answer), positions, [], [], []))
-    first, last = len(prompt.ids) - 1, max(len(whole.ids) - 1, len(prompt.ids))  # its last token predicts the first
-    text_queries = list(range(first, last))
-    found = {}
+    n, end, found = len(answer), prompt.end, {}
+    # Where the answer starts, it is decided which visual tokens are dropped inside the language model
+    whole = join(prompt, Prompt(list(answer), [end + i for i in range(n)], [], [], [], [end]))
+    # The prompt's last token predicts the first. Counted from the end, as visual tokens before may be dropped
+    queries = list(range(-n - 1, -1 if n else 0))
 
     def observe(l, kind, q, k, mask):
         """q (1, Nq, H, D), k (1, Nk, Hkv, D): keys of both streams in order of position, or of vision alone."""
         if kind == "self" and l not in sa:
             return  # a layer on text alone
-        # Queries are text alone in a cross-attention, and in the last layer that reads vision; else both streams
-        rows = text_queries if q.shape[1] == len(whole.ids) else [whole.t_pos[i] for i in text_queries]
-        q, k = q[0, rows].float(), k[0].float().repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+        q, k = q[0, queries].float(), k[0].float().repeat_interleave(q.shape[2] // k.shape[2], dim=1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
         if kind == "self":  # causal: each query sees its own position and those before
-            seen = torch.tensor([whole.t_pos[i] for i in text_queries], device=q.device)
+            seen = len(k) + torch.tensor(queries, device=q.device)
             scores = scores.masked_fill(torch.arange(len(k), device=q.device) > seen[:, None], float("-inf"))
-        weights = scores.softmax(-1).mean((0, 1))  # (keys,)
-        found[l] = (weights[whole.v_pos] if kind == "self" else weights).cpu().numpy()
+        found[l] = scores.softmax(-1).mean((0, 1)).cpu().numpy()  # (keys,)
     with torch.no_grad(), observed(model, observe):
-        model(collate([whole]), tuple(sa))
-    return found
+        pieces = model.pieces(prompt.images)
+        stages = run_prompt(model, whole, pieces, sa)
+    weights, shares = {}, {}
+    for layers, v_pos, numbers in stages:
+        for l in sorted(found.keys() & set(layers)):
+            own = found[l][v_pos] if l in sa else found[l]
+            weights[l], shares[l] = np.zeros(len(prompt.v_pos), np.float32), float(own.sum())
+            weights[l][numbers[numbers >= 0]] = own[numbers >= 0]
+    lie = [places_of(x, p.tiling, model.config) for x, p in zip(pieces, prompt.images)]
+    places, merged = map(np.concatenate, zip(*lie))
+    *_, last = stages[-1]
+    return Look(weights, shares, places, merged, np.isin(np.arange(len(places)), last), int((last < 0).sum()))
+
+
+def run_prompt(model, prompt, pieces, sa):
+    """Runs a prompt. Returns [(layers, positions of the visual tokens in them, which of layer 0's they are or -1)].
+    pieces: of VLM.pieces."""
+    from pruning import PrunedCache
+    if not model.config.reduction.inside:
+        batch = collate([prompt])
+        model.language_model(*model.embed(batch, known=pieces), model.layout(batch), tuple(sa))
+        return [(range(model.config.layers), prompt.v_pos, np.arange(len(prompt.v_pos)))]
+    cache = PrunedCache(model, [prompt], 0, known=pieces)
+    return [(range(start, stop), with_tokens(prompt, tokens).v_pos, numbers.cpu().numpy())
+            for (start, stop, _), (tokens,), (numbers,) in zip(cache.stages, cache.counts, cache.kept)]
+
+
+def places_of(pieces, tiling, c):
+    """Of one image's visual tokens: where they lie, and into which others were merged, (tokens,) each; as in Look."""
+    from arrange import places
+    n, (rows, columns), (h, w), (down, along) = tiling.side, tiling.grid, tiling.size, tiling.crop
+    base, grid = np.arange(n * n), n * n + np.arange(h * w).reshape(h, w)
+    found, merged = np.full(tiling.tokens, -1), np.zeros(tiling.tokens, bool)
+    if c.reduction.picks:
+        cells = np.pad(grid, ((down, down), (along, along)), constant_values=-1)  # of all tiles, as one
+        cells = cells.reshape(rows, n, columns, n).swapaxes(1, 2).reshape(-1, n * n)
+        order, tiles, patches = (x.cpu().numpy() for x in places(pieces, tiling, c))
+        found[:len(order)] = np.concatenate([base[None], cells])[tiles, patches]
+        if c.reduction.method == "visionzip":
+            by_attention, contextual = c.reduction.of_tile(c.patches)
+            merged[:len(order)] = order % (by_attention + contextual) >= by_attention
+    else:
+        cells = np.concatenate([base, np.pad(grid, ((0, 0), (0, 1)), constant_values=-1).ravel()])  # newlines
+        found[:len(cells)] = cells
+    return found, merged
 
 
 @contextmanager
@@ -70,24 +123,29 @@ def observed(model, observer):
             module.observer = None
 
 
-def draw(path, images, processed, config, report, attention, questions=1):
+def draw(path, images, processed, config, report, look, questions=1):
     """Writes the PNG.
 
     images and processed: PIL images and their data.ProcessedImage; report: sample.py's row about the question;
-    attention: of attention_to_images; questions: how many the report's saving is over.
+    look: of attention_to_images; questions: how many the report's saving is over.
     """
     images = [fit(image, 900, 900) for image in images]  # nothing is drawn larger
-    maps = {l: (heat(weights, processed, config), float(weights.sum())) for l, weights in sorted(attention.items())}
+    where = [boxes(image, p.tiling, len(images) == 1) for image, p in zip(images, processed)]
+    kept, merged = (heat(x, look.places, processed) for x in (look.kept, look.merged))
     columns = 6
     cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
-    thumbs = {l: montage(images, m, cell) for l, (m, _) in maps.items()}
+    thumbs = {l: montage(images, heat(weights, look.places, processed), where, cell)
+              for l, weights in look.weights.items()}
     line = max((t.height for t, _ in thumbs.values()), default=0) + 72
-    shown = fit(tiled(images, processed, config), 520, 380)
+    shown = fit(tiled(images, processed, config, kept, merged, where), 520, 380)
+    grids = [f"{counted(p.tiling.tiles, 'tile')}, {counted(p.tiling.tokens, 'token')}" for p in processed]
+    caption = [textwrap.shorten("; ".join(grids), 60, placeholder=" ..."),
+               *wrap(kept_note(kept, merged, where, look.added, config), 18, 520)]
     asked, answer = (wrap(report[name], size, WIDTH - 2 * MARGIN) for name, size in (("question", 34), ("answer", 26)))
     answer = answer[:3] or ["(no answer)"]
     top = 150 + 34 * len(answer)
-    heads = top + max(shown.height, 250) + 70
-    page = Image.new("RGB", (WIDTH, heads + line * -(-len(maps) // columns) + MARGIN - 10), PAPER)
+    heads = top + max(shown.height + 25 * len(caption), 275) + 45
+    page = Image.new("RGB", (WIDTH, heads + line * -(-len(thumbs) // columns) + MARGIN - 10), PAPER)
     pen = ImageDraw.Draw(page)
 
     write(pen, MARGIN, 36, asked[0] + " ..." * (len(asked) > 1), 34)
@@ -96,8 +154,9 @@ def draw(path, images, processed, config, report, attention, questions=1):
         y = write(pen, MARGIN, y, row, 26, PALE) + 8
 
     page.paste(shown, (MARGIN, top))
-    grids = [f"{counted(p.tiling.tiles, 'tile')}, {counted(p.tiling.tokens, 'token')}" for p in processed]
-    write(pen, MARGIN, top + shown.height + 10, textwrap.shorten("; ".join(grids), 60, placeholder=" ..."), 18, PALE)
+    y = top + shown.height + 10
+    for row in caption:
+        y = write(pen, MARGIN, y, row, 18, PALE) + 4
 
     left = MARGIN + 520 + 2 * GAP
     strip(pen, left, top, WIDTH - MARGIN - left, config, report["sa"])
@@ -116,48 +175,86 @@ def draw(path, images, processed, config, report, attention, questions=1):
 
     write(pen, MARGIN, heads - 16, "Where the answer's attention went, each layer on its own scale:", 24)
     scale(page, pen, WIDTH - MARGIN - 620, heads - 12)
-    for i, (l, (_, share)) in enumerate(maps.items()):
-        x, y, (thumb, peak) = MARGIN + i % columns * (cell + GAP), heads + 26 + i // columns * line, thumbs[l]
+    for i, (l, (thumb, peak)) in enumerate(thumbs.items()):
+        x, y = MARGIN + i % columns * (cell + GAP), heads + 26 + i // columns * line
         kind = "self-attention" if l in report["sa"] else "cross-attention"
         pen.rectangle((x, y, x + cell - 1, y + 4), fill=KINDS[kind])
         page.paste(thumb, (x, y + 5))
-        note = f"layer {l}, self: {percent(share)} on the image" if l in report["sa"] else f"layer {l}, cross"
+        note = f"layer {l}, self: {percent(look.shares[l])} on the image" if l in report["sa"] else f"layer {l}, cross"
         below = write(pen, x, y + thumb.height + 9, note, 16, PALE)
-        write(pen, x, below, f"brightest: {peak:.3g}x the mean", 16, PALE)
+        write(pen, x, below, f"brightest: {peak:.3g}x the mean" if peak else "brightest: none", 16, PALE)
     page.save(path)
 
 
-def heat(weights, processed, config):
-    """Of each image its maps, base tile and grid, as (h, w) arrays. weights (visual tokens,)."""
-    maps, start, side = [], 0, config.side
-    for p in processed:
-        w = weights[start:start + p.tiling.tokens]
-        start += p.tiling.tokens
-        base = w[:side * side].reshape(side, side)
-        if p.tiling.canvas is None:
-            maps.append([base])
-        else:  # the last column is newlines, which show nothing
-            h, wide = p.tiling.size
-            maps.append([base, w[side * side:].reshape(h, wide + 1)[:, :-1]])
+def heat(weights, places, processed):
+    """Of each image its maps, base tile and grid, as (h, w) arrays: weights (visual tokens,) in the cells that places
+    (visual tokens,) names, zero in all others."""
+    maps, ends = [], np.cumsum([p.tiling.tokens for p in processed])[:-1]
+    for p, w, at in zip(processed, np.split(weights, ends), np.split(places, ends)):
+        side, (rows, columns) = p.tiling.side, p.tiling.size
+        cells = np.bincount(at + 1, w, 1 + side * side + rows * columns)[1:]  # without what has no place
+        own = cells[:side * side].reshape(side, side), cells[side * side:].reshape(rows, columns)
+        maps.append([x for x in own if x.size])
     return maps
 
 
-def montage(images, maps, width):
+def kept_note(kept, merged, where, added, config):
+    """What is dark in the picture of the tiles, and what is outlined, in words; "" where all is kept. kept, merged,
+    where: as in `tiled`; added: of Look."""
+    def count(maps, i):
+        """Of each image's i-th map: (cells that see the picture and are not zero, all that see it)."""
+        seen = []
+        for own, own_boxes in zip(maps, where):
+            start, top, end, bottom = own_boxes[i]
+            seen.append(own[i][int(top):math.ceil(bottom), int(start):math.ceil(end)])
+        return int(sum((x > 0).sum() for x in seen)), sum(x.size for x in seen)
+    (bright, drawn), (in_base, base), (outlined, _) = count(kept, -1), count(kept, 0), count(merged, -1)
+    if (bright, in_base) == (drawn, base):
+        return ""
+    beyond = int(sum((own[-1] > 0).sum() for own in kept)) - bright
+    note = "Left in the last layer" if config.reduction.inside else "Kept"
+    note += f": the bright {bright:,} of {drawn:,} patches"
+    note += f", {in_base:,} of {base:,} of the base tile" * (len(kept[0]) > 1)
+    note += f", {beyond:,} of the padding" * (beyond > 0)
+    note += f"; others went into the {outlined:,} outlined ones" * (outlined > 0)
+    return note + f"; {counted(added, 'merged token')} without a place" * (added > 0)
+
+
+def boxes(image, tiling, alone):
+    """Where a picture lies on its maps: for each, (left, top, right, bottom) in cells. alone: it is the only one."""
+    side = tiling.side
+    if not alone:  # it was padded to a square
+        return [tuple(x * side / max(image.size) for x in square_box(*image.size))]
+    found = [(0, 0, side, side)]  # the base tile is stretched
+    if tiling.canvas and all(tiling.size):
+        canvas, resized, crop, size, grid = map(np.array, (tiling.canvas, tiling.resized, tiling.crop[::-1],
+                                                           tiling.size[::-1], tiling.grid[::-1]))  # (x, y) each
+        start = (canvas - resized) // 2
+        ends = np.array([start, start + resized]) * grid * side / canvas - crop  # cells of the grid
+        found.append(tuple((ends * size / (grid * side - 2 * crop)).ravel().tolist()))
+    return found
+
+
+def stretched(cells, box, size, how):
+    """A map (h, w) over its picture, as an image. Unpadding rounds: up to half a cell of the picture may lie beyond the
+    map's edge; it is as the edge is."""
+    return Image.fromarray(np.pad(cells, 1, mode="edge")).resize(size, how, [x + 1 for x in box])
+
+
+def montage(images, maps, where, width):
     """(The images side by side, dimmed, with their heat on top; how many times the mean the brightest colour is). One
-    scale for all of them, from low to high."""
+    scale for all of them, from low to high. maps: of `heat`; where: their `boxes`."""
     layers = []
-    for image, own in zip(images, maps):
-        w, h = image.size
-        total = np.zeros((h, w))
-        for heat_map in own:
-            density = heat_map * heat_map.size  # attention per area: base tile and grid show the same image
-            box = square_box(w, h) if len(images) > 1 else None  # one of several was padded to a square
-            stretched = Image.fromarray(density.astype(np.float32)).resize(
-                (max(w, h),) * 2 if box else (w, h), Image.BICUBIC)
-            total += np.asarray(stretched.crop(box) if box else stretched)
+    for image, own, own_boxes in zip(images, maps, where):
+        total = np.zeros(image.size[::-1])
+        for heat_map, box in zip(own, own_boxes):
+            # Attention per area: base tile and grid show the same image; of several, each is part of a square
+            cells = (box[2] - box[0]) * (box[3] - box[1]) if len(images) == 1 else heat_map.size
+            total += stretched((heat_map * cells).astype(np.float32), box, image.size, Image.BICUBIC)
         layers.append(total.clip(0))
-    low, high = (np.quantile(np.concatenate([t.ravel() for t in layers]), q) for q in (0.05, 0.995))
-    mean, out = np.concatenate([t.ravel() for t in layers]).mean(), []
+    every = np.concatenate([t.ravel() for t in layers])
+    low, mean, out = np.quantile(every, 0.05), every.mean(), []
+    high = np.quantile(every[every > 0], 0.995) if mean > 0 else 0.0  # of a few patches, too
     for image, total in zip(images, layers):
         x = ((total - low) / ((high - low) or 1)).clip(0, 1)[..., None]
         grey = np.asarray(image.convert("L"), dtype=float)[..., None] * 0.45 + 20
@@ -188,12 +285,20 @@ def square_box(w, h):
     return (m - w) // 2, (m - h) // 2, (m - w) // 2 + w, (m - h) // 2 + h
 
 
-def tiled(images, processed, config):
-    """The images side by side, with the borders of their tiles."""
+def tiled(images, processed, config, kept, merged, where):
+    """The images side by side, with the borders of their tiles. kept, merged: maps of `heat`, of which the last is
+    drawn, the grid where there is one: what is not kept is dark, what is merged has an outline. where: their `boxes`.
+    """
     out = []
-    for image, p in zip(images, processed):
+    for image, p, (*_, bright), (*_, outlined), (*_, box) in zip(images, processed, kept, merged, where):
         image = image.resize([round(s * 900 / max(image.size)) or 1 for s in image.size])
+        mask = stretched((bright > 0).astype(np.uint8) * 255, box, image.size, Image.NEAREST)
+        image = Image.composite(image, image.point(lambda x: x // 4), mask)
         pen = ImageDraw.Draw(image)
+        across, down = image.width / (box[2] - box[0]), image.height / (box[3] - box[1])  # pixels to a cell
+        for y, x in np.argwhere(outlined > 0):
+            x, y = (x - box[0]) * across, (y - box[1]) * down
+            pen.rectangle((x, y, x + across, y + down), outline=KINDS["self-attention"], width=4)
         if p.tiling.canvas:
             (w, h), (rw, rh) = p.tiling.canvas, p.tiling.resized
             for x in range(config.tile, w, config.tile):

@@ -27,6 +27,7 @@ class PrunedCache:
         self.model, self.prompts, self.steps = model, prompts, steps
         self.stages = []      # (first layer, the one behind the last, Past)
         self.counts = []      # of each stage: of each prompt its images' visual tokens
+        self.kept = []        # likewise which of the first stage's they are, (tokens,); -1: others were merged into it
         self.cache = []
         with timer(timings, "prefill", model.device):
             t, v = model.embed(data.collate(prompts), timings, known)
@@ -46,6 +47,7 @@ class PrunedCache:
         model, c, r = self.model, self.model.config, self.model.config.reduction
         lm, every = model.language_model, tuple(range(c.layers))
         choosing = partial(timer, timings, "select", model.device)
+        self.kept.append([torch.arange(len(p.v_pos), device=v.device) for p in prompts])
         with choosing():
             self.rows, self.asked = zip(*(self.text_rows(p, t[b], v[b]) for b, p in enumerate(prompts)))
         for k, (start, stop) in enumerate(pairwise([0, *r.drops(c.layers), c.layers])):
@@ -89,20 +91,26 @@ class PrunedCache:
     def drop(self, prompts, v, weights, k):
         """What goes on behind the k-th drop: (prompts, v). weights: of each prompt (rows, visual tokens)."""
         r, layers = self.model.config.reduction, self.model.config.layers
-        left, rows = [], []
+        left, rows, numbers = [], [], []
         for b, prompt in enumerate(prompts):
-            parts, firsts, tokens = [], self.counts[0][b], image_tokens(prompt)
-            for first, own, w in zip(firsts, v[b, :len(prompt.v_pos)].split(tokens), weights[b].split(tokens, dim=1)):
+            parts, own_numbers, firsts, tokens = [], [], self.counts[0][b], image_tokens(prompt)
+            images = (v[b, :len(prompt.v_pos)].split(tokens), self.kept[-1][b].split(tokens),
+                      weights[b].split(tokens, dim=1))
+            for first, own, number, w in zip(firsts, *images):
+                merged = own[:0]
                 if r.method == "pyramiddrop":
-                    parts.append(own[best(w.mean(0), r.pyramid_count(k, first, layers))])
-                    continue
-                kept = sparsevlm(w, r.sparse_scale(first))
-                goes = torch.ones(len(own), dtype=torch.bool, device=v.device).index_fill(0, kept, False)
-                parts.append(own[kept])
-                if len(kept) < len(own) and r.option != "drop":
-                    parts[-1] = torch.cat([own[kept], recycle(own[goes], w.mean(0)[goes])])
+                    kept = best(w.mean(0), r.pyramid_count(k, first, layers))
+                else:
+                    kept = sparsevlm(w, r.sparse_scale(first))
+                    goes = torch.ones(len(own), dtype=torch.bool, device=v.device).index_fill(0, kept, False)
+                    if len(kept) < len(own) and r.option != "drop":
+                        merged = recycle(own[goes], w.mean(0)[goes])
+                parts.append(torch.cat([own[kept], merged]))
+                own_numbers.append(F.pad(number[kept], (0, len(merged)), value=-1))
             left.append(data.with_tokens(prompt, list(map(len, parts))))
             rows.append(torch.cat([v[b, :0], *parts]))
+            numbers.append(torch.cat([self.kept[-1][b][:0], *own_numbers]))
+        self.kept.append(numbers)
         most = max(map(len, rows))
         return left, torch.stack([F.pad(row, (0, 0, 0, most - len(row))) for row in rows])
 

@@ -77,7 +77,8 @@ def parse(argv=None):
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     p.add_argument("--compile", action="store_true", help="torch.compile what repeats (see VLM.compile): a minute, for "
                    "many questions")
-    p.add_argument("--explain", metavar="FILE.png", help="draw where the (last) answer's attention went, by layer")
+    p.add_argument("--explain", metavar="FILE.png", help="draw where the (last) answer's attention went, by layer, "
+                   "and what --reduce kept")
     p.add_argument("--json", action="store_true", help="one JSON object per question instead of plain answers")
     args = p.parse_args(argv)
     given(p, args)
@@ -272,8 +273,8 @@ def main(argv=None):
     if args.explain:
         import explain
         seen = data.seen(data.join(prefix, prompt), routes[0].pixels, c)
-        attention = explain.attention_to_images(model, seen, tokens, routes[0].sa)
-        explain.draw(args.explain, images, seen.images, c, report, attention, costs.questions)
+        look = explain.attention_to_images(model, seen, tokens, routes[0].sa)
+        explain.draw(args.explain, images, seen.images, c, report, look, costs.questions)
         print(f"{args.explain}: where the last answer's attention went", file=sys.stderr)
 
 

@@ -902,10 +902,10 @@ def test_attention_over_the_overview(place, capsys):
     """Weights for its tokens alone, and those of an image of one tile; the page is drawn."""
     d, m, questions, prompts = place
     small, c = data.overview(prompts[0], m.config), m.config
-    found = explain.attention_to_images(m, small, [40, 50], (1, 4))
+    found = explain.attention_to_images(m, small, [40, 50], (1, 4)).weights
     assert set(found) == {1, 4, 2, 5, 8, 11} and all(w.shape == (17,) for w in found.values())
     assert all(abs(found[l].sum() - 1) < 1e-4 for l in (2, 5, 8, 11)) and all(0 < found[l].sum() < 1 for l in (1, 4))
-    large = explain.attention_to_images(m, prompts[0], [40, 50], (1, 4))
+    large = explain.attention_to_images(m, prompts[0], [40, 50], (1, 4)).weights
     assert all(w.shape == (len(prompts[0].v_pos),) for w in large.values()) and data.overview_tokens(c) == 17
     status, _, err = call(capsys, "--model", d / "model", "--image", d / "a.png", "--q", questions[0], "--pixels",
                           "overview", "--explain", d / "x.png", "--max-tokens", 3)

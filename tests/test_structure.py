@@ -12,13 +12,13 @@ ROOT = Path(__file__).parent.parent
 ORDER = """cli methods config families pictures data flops
            toy.font toy.world toy.muon toy.training toy.__main__ toy
            llava.index llava.mixtures llava.samples llava.batches llava.__main__ llava
-           report explain parallel
-           layout layers encoders.siglip encoders reduction arrange pruning cache_tree decoding weights model
+           report parallel
+           layout layers encoders.siglip encoders reduction arrange pruning explain cache_tree decoding weights model
            conversation answers costs evaluation checkpoints router stages train sample
            paper.numbers paper.systems paper.clock paper.ablate paper.bench paper.miniature paper.routing paper.compare
            paper.masked paper.equalities paper.verify paper""".split()
 # flops.py and every --help answer at once
-NO_TORCH = "methods config families pictures data flops cli answers costs toy.world llava.samples".split()
+NO_TORCH = "methods config families pictures data flops cli answers costs explain toy.world llava.samples".split()
 
 
 def name_of(path):
