@@ -53,9 +53,9 @@ def places(pieces, tiling, c):
         kept = torch.arange(n * n, device=device).expand(tiles, -1)
     tile = np.arange(tiles)[:, None]
     columns = max(1, tiling.grid[1])
-    down, along = (np.maximum(tile - 1, 0) // columns, np.maximum(tile - 1, 0) % columns)
-    y, x = np.arange(n * n) // n, np.arange(n * n) % n
-    raster = (down * n + y) * columns * n + along * n + x + (tile > 0) * n * n            # (P, N)
+    y, x = np.arange(n * n) // n, np.arange(n * n) % n                                    # in a tile
+    down, along = (tile - 1) // columns * n + y, (tile - 1) % columns * n + x             # in the grid
+    raster = np.where(tile == 0, np.arange(n * n), n * n + down * columns * n + along)    # (P, N)
     key = torch.from_numpy(raster).to(device).gather(1, kept)                             # (P, K)
     if c.reduction.method == "visionzip":
         dominant, end = c.reduction.of_tile(n)[0], raster.max() + 1                       # behind the base, or the end

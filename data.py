@@ -7,7 +7,7 @@ line that differs. Training files are read in llava/ (`python -m llava --check F
 import json
 import math
 import re
-from bisect import bisect
+from bisect import bisect_left
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,7 +86,7 @@ def tiling(width, height, config, single_image=True, max_tiles=None):
     times = math.sqrt(kept_h * kept_w / (config.max_tiles * side * side)) if config.max_tiles else 1.0
     interpolated = times > 1.1  # so up to 1.21 * max_tiles tiles' worth stays as it is
     if interpolated:
-        kept_h, kept_w = int(kept_h // times), int(kept_w // times)
+        kept_h, kept_w = max(1, int(kept_h // times)), max(1, int(kept_w // times))
     return Tiling((w, h), resized, (rows, columns), crop, (kept_h, kept_w), interpolated, kept_h,
                   side * side + kept_h * (kept_w + 1), side)
 
@@ -272,7 +272,7 @@ def with_tokens(prompt, counts):
     starts = [prompt.v_pos[i] for i in firsts]
 
     def closer(positions):
-        return [p - before[bisect(starts, p)] for p in positions]
+        return [p - before[bisect_left(starts, p)] for p in positions]
     v_img = [i for i, n in enumerate(counts) for _ in range(n)]
     v_pos = [starts[i] - before[i] + k for i, n in enumerate(counts) for k in range(n)]
     return prompt._replace(t_pos=closer(prompt.t_pos), v_pos=v_pos, v_img=v_img,

@@ -69,6 +69,7 @@ def evaluate(model, eval_set, plans, done=(), progress=True):
     as they walk one CacheTree. plans: of config.Plan. done, progress: as in image_batches.
     """
     prefix, _ = data.split_shared(data.chatml([data.place_images("?", 1)]))  # system text and image
+    model.config.check_reduction([plan.sa for plan in plans])
     numbers = {pixels: [i for i, plan in enumerate(plans) if plan.pixels == pixels] for pixels in PIXELS}
     routed = model.router is not None and tuple(plans) == model.config.plans
     for batch in image_batches(eval_set, model.config, done, progress):

@@ -116,7 +116,7 @@ def expected_stages(c, text, images):
         for first, n in zip(images, counts[-2]):
             kept = sparse_count(raters, n, r.sparse_scale(first))
             counts[-1].append(kept + (0 if r.option == "drop" else recycled_count(n - kept)))
-    return Stages(counts, raters, text) if r.method == "sparsevlm" else Stages(counts)
+    return Stages(counts, raters, text) if r.method == "sparsevlm" and images else Stages(counts)
 
 
 def by_layer(c, stages):

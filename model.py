@@ -170,6 +170,7 @@ class VLM(nn.Module):
     def forward(self, batch, sa):
         """Hidden states (B, Nt, d) of the text tokens of a data.Batch; `head` makes logits of those that matter.
         sa: a configuration, or a list with one for each prompt."""
+        assert not self.config.reduction.inside, "tokens go on the way: pruning.PrunedCache"
         t, v = self.embed(batch)
         if not isinstance(sa, list):         # in training: one configuration for all
             return self.language_model(t, v, self.layout(batch), sa)
@@ -269,9 +270,11 @@ class VLM(nn.Module):
     def new_tree(self, sa, batch, text, vision, pixels="all"):
         """An empty CacheTree for `text` and `vision` tokens a sample. sa: as in `configurations`. Over the overview
         nodes end where the router decides on the pixels, and on the layers."""
-        c, capacity = self.config, (round_up(text), vision)  # text grows
+        c, configurations = self.config, self.configurations(sa, pixels)
+        capacity = round_up(text), vision  # text grows
+        assert not c.reduction.inside, "tokens go on the way: pruning.PrunedCache"
         pauses = [c.pixel_layer, c.route_layer] if pixels == "overview" and self.router and c.overview else []
-        return CacheTree(self.language_model, self.configurations(sa, pixels), batch, capacity, pauses)
+        return CacheTree(self.language_model, configurations, batch, capacity, pauses)
 
     def extend(self, tree, batch, timings=None, known=None):
         """Adds a data.Batch to a tree, and runs it through the layers that all of its configurations share."""

@@ -74,9 +74,9 @@ class PrunedCache:
         which the answer's first follows; SparseVLM's raters, of all between the images and the answer. v (Nv, d)."""
         start = prompt.answer_starts[-1] if prompt.answer_starts else prompt.end
         end = sum(p < start for p in prompt.t_pos)
-        if self.model.config.reduction.method == "pyramiddrop" or not prompt.images:
+        first = sum(p < prompt.v_pos[-1] for p in prompt.t_pos) if prompt.images else end
+        if self.model.config.reduction.method == "pyramiddrop" or first == end:
             return torch.tensor([end - 1], device=t.device), 0
-        first = sum(p < prompt.v_pos[-1] for p in prompt.t_pos)
         found = raters(v[:len(prompt.v_pos)], t[first:end])
         return first + (found | ~found.any()).nonzero()[:, 0], end - first
 
