@@ -115,7 +115,8 @@ def test_visor_learns_and_routes_over_fewer_tokens(files, tmp_path, capsys):
     (sample.main, ("--q", "hi", "--reduce", "visionzip:0+0"), "two whole numbers"),
     (sample.main, ("--q", "hi", "--reduce", "hired:0"), "above 0 and at most 1"),
     (sample.main, ("--q", "hi", "--reduce", "m3:8:widen"), "README"),
-    (sample.main, ("--q", "hi", "--reduce", "sparsevlm:x"), "sparsevlm:13.5")], ids=str)
+    (sample.main, ("--q", "hi", "--reduce", "sparsevlm:x"), "sparsevlm:13.5")], ids=lambda x: (
+        x.__module__ if callable(x) else "_".join(map(str, x)) if isinstance(x, tuple) else ""))
 def test_bad_input_is_one_line(main, words, message, tmp_path, capsys):
     words = [*words, "--out", tmp_path] if main is train.main else [*words]
     status, err = call(*words, main=main), capsys.readouterr().err.strip().splitlines()
