@@ -214,8 +214,8 @@ def given(parser, args):
         parser.error("--pack R means --reduce pack:R; give one of the two")
     try:
         if args.pack is not None:
-            args.reduce = text_of(parse(f"pack:{args.pack}" if ":" not in args.pack else "pack:"))
+            args.reduce = text_of(parse(f"pack:{args.pack if re.fullmatch(NUMBER, args.pack) else 0}"))
         elif args.reduce is not None:
             args.reduce = text_of(parse(args.reduce))
     except ValueError as e:
-        parser.error(f"--pack {args.pack[:60]}: give a number 1 or more" if args.pack else f"--reduce {e}")
+        parser.error(f"--reduce {e}" if args.pack is None else f"--pack {args.pack[:60]}: give a number 1 or more")

@@ -152,7 +152,7 @@ def reduce_tiles(x, looks, c):
     k) of each of `observed_layers`. Returns features (P, K, c), or (P, K, 4 * c) packed and widened, and kept and
     scores as in arrange.Pieces."""
     r, none = c.reduction, torch.zeros(len(x), 0, dtype=torch.int64, device=x.device)
-    if r.method == "pack":
+    if r.method == "pack" and (c.side < c.patches or r.option == "widen"):  # one for one, it leaves them as they are
         x = pack(x, c.side)
         return x.flatten(2) if r.option == "widen" else x.mean(2), none, none
     if r.method == "visionzip":
