@@ -157,7 +157,8 @@ def encoded(model, images, timings=None):
     with timer(timings, "encoder", model.device):
         features = model.encode(images) if images else []
     seen = {id(image): x for image, x in zip(images, features)}
-    model.encode = lambda images, known=None: [seen[id(x)].to(model.image_newline.dtype) for x in images]
+    model.encode = lambda images, known=None, timings=None: [  # as it was
+        seen[id(x)].to(model.image_newline.dtype) for x in images]
     try:
         yield
     finally:
