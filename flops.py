@@ -202,7 +202,7 @@ def within_budget(c, budget, text, vision, dense_vision):
     """The viable configurations whose prompt, router included, costs at most `budget` of dense, the costliest first.
     Raises ValueError.
 
-    Dense has the `dense_vision` visual tokens that the prompt has without packing.
+    Dense has the `dense_vision` visual tokens that the prompt has without reduction.
     """
     dense = llm_flops(c, range(c.layers), text, dense_vision)
     router = router_flops(c, text, vision) if c.router else 0

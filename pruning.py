@@ -22,8 +22,8 @@ class PrunedCache:
     """Prompts that have run in stages. For decoding it is what a cache_tree.CacheTree is."""
 
     def __init__(self, model, prompts, steps, timings=None, known=None):
-        """prompts: a list of data.Prompt. steps: tokens of text to reserve. known: as in VLM.pieces. Raises ValueError
-        where the model's reduction does not drop tokens inside."""
+        """prompts: a list of data.Prompt, for a model whose reduction drops tokens inside. steps: tokens of text to
+        reserve. known: as in VLM.pieces."""
         self.model, self.prompts, self.steps = model, prompts, steps
         self.stages = []      # (first layer, the one behind the last, Past)
         self.counts = []      # of each stage: of each prompt its images' visual tokens

@@ -72,6 +72,6 @@ class VisionTower(nn.Module):
         x = x + self.embeddings["position_embedding"].weight
         for l, block in enumerate(self.encoder["layers"]):
             if l in looks:
-                looks[l] = block.looks(x)  # projected twice, in a layer or two: under 1 % of the tower
+                looks[l] = block.looks(x)  # projected twice, in a layer or two: about 1 % of the tower
             x = block(x)
         return x

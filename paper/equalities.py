@@ -157,7 +157,7 @@ def encoded(model, images, timings=None):
     with timer(timings, "encoder", model.device):
         features = model.encode(images) if images else []
     seen = {id(image): x for image, x in zip(images, features)}
-    model.encode = lambda images, known=None, timings=None: [  # as it was
+    model.encode = lambda images, known=None, timings=None: [
         seen[id(x)].to(model.image_newline.dtype) for x in images]
     try:
         yield

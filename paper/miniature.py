@@ -90,12 +90,12 @@ def draw_first_token(path, found):
     """A panel for each stratum: accuracy against the time to the first token."""
     figure, panels = pyplot().subplots(1, len(found), figsize=(13, 4), sharey=True, constrained_layout=True)
     for panel, (stratum, own) in zip(panels, found.items()):
-        for name, (ms, accuracy) in own.items():
+        for name, (ms, right) in own.items():
             label = "VISOR, a configuration named" if "VISOR" in name else name
             colour, marker, size = LOOKS[label]
-            panel.plot(ms, accuracy, marker, color=colour, markersize=size, markeredgecolor="white", label=label)
+            panel.plot(ms, right, marker, color=colour, markersize=size, markeredgecolor="white", label=label)
             if "VISOR" in name and panel is panels[-1]:  # elsewhere they lie on one another
-                panel.annotate(name.removeprefix("VISOR, "), (ms, accuracy), xytext=(5, -12), fontsize=8,
+                panel.annotate(name.removeprefix("VISOR, "), (ms, right), xytext=(5, -12), fontsize=8,
                                textcoords="offset points")
         panel.set(title=f"{stratum} questions", xlabel="ms to the first token", ylim=(0, 1.05),
                   xlim=(0, 1.1 * max(ms for ms, _ in own.values())))
