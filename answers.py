@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     asked: Asked = None  # its images without pixels
     tokens: list = None  # ids, without the closing <|im_end|>
     plan: Plan = None    # what ran
-    stages: object = None  # of flops; where visual tokens were dropped inside the language model
+    layer_tokens: object = None  # of flops; where visual tokens were dropped inside the language model
     error: str = None    # one line: why it could not be asked
 
 
@@ -125,17 +125,17 @@ def ask(model, question, choose, pixels):
 def generate(model, asked, **how):
     """The Answers to a sequence of Asked with the same pixels: all "auto" with the same `allowed`, or none "auto".
     Where memory does not suffice for them, or what comes of one is not finite, one by one."""
-    prompts, routes, stages = [data.join(x.shared, x.own) for x in asked], [], []
+    prompts, routes, layer_tokens = [data.join(x.shared, x.own) for x in asked], [], []
     sa = "auto" if asked[0].sa == "auto" else [x.sa for x in asked]
     try:
         tokens = model.generate(prompts, sa, asked[0].pixels, allowed=asked[0].allowed, routes=routes,
-                                stages=stages, **how)
+                                layer_tokens=layer_tokens, **how)
     except (MemoryError, RuntimeError, ValueError) as e:
         if not (isinstance(e, ValueError) or is_out_of_memory(e)):
             raise
         why = str(e) if isinstance(e, ValueError) else "out of memory: give smaller images or fewer"
     else:
-        return [Answer(without_pixels(x), *rest) for x, *rest in zip(asked, tokens, routes, stages)]
+        return [Answer(without_pixels(x), *rest) for x, *rest in zip(asked, tokens, routes, layer_tokens)]
     if len(asked) == 1:  # only here, where the exception no longer holds on to tensors
         return [Answer(error=" ".join(why.split()))]
     return [answer for x in asked for answer in generate(model, [x], **how)]

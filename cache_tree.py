@@ -1,11 +1,15 @@
 """What several questions, or several configurations, share is computed once: a KV cache that is a small tree.
 
-Used by VLM.prefill and VLM.answer (encode once, ask many), by generation with a router, and by router.evaluate, which
-asks the same questions in every configuration.
+Used by conversation.py (encode once, ask many), by generation with a router, and by evaluation.py, which asks the same
+questions in every configuration.
 """
 from typing import NamedTuple
 
+import numpy as np
+
+from cli import timer
 from config import branch_layers
+from data import collate
 from layout import KV, LayerCache, Past, TokenLayout, compute_dtype, make_layout
 
 
@@ -41,32 +45,35 @@ class CacheTree:
     (truncate) need no clearing: their cache positions are written again.
     """
 
-    def __init__(self, language_model, configurations, batch, capacity, pauses=()):
-        """configurations: those that may be asked for. capacity: text and visual tokens of a sample to reserve. pauses:
-        layers before which nodes end, although all may agree on more."""
-        self.language_model, self.configurations, self.capacity = language_model, configurations, capacity
-        self.pauses, c = pauses, language_model.config
+    def __init__(self, model, configurations, batch, capacity, pauses=()):
+        """model: a VLM. configurations: those that may be asked for. batch: samples. capacity: text and visual tokens
+        of a sample to reserve. pauses: layers before which nodes end, although all may agree on more."""
+        self.model, self.configurations, self.capacity = model, configurations, capacity
+        self.pauses, c = pauses, model.config
         self.root = Node(configurations, 0, [], c, capacity, pauses)
         self.segments, self.past = [], Past.empty(batch)
 
-    def extend(self, t, v, positions):
-        """Adds a segment, and runs it through the layers that all configurations share.
-        t (B, Nt, d), v (B, Nv, d) as they enter layer 0; positions: t_pos, v_pos, v_img."""
-        layout = make_layout(*positions, self.past, self.language_model.config, t.device, compute_dtype(t))
-        self.run_node(self.root, t, v, layout)  # first: if it is interrupted, all is as it was
-        self.segments.append(Segment(positions, self.past, layout))
-        self.past = self.past.extend(*positions[:2])
+    def extend(self, prompts, timings=None, known=None):
+        """Adds a segment, a data.Prompt for each sample, and runs it through the layers that all configurations share.
+        known: as in VLM.pieces."""
+        with timer(timings, "prefill", self.model.device):
+            batch = collate(prompts)
+            t, v = self.model.embed(batch, timings, known)                      # (B, Nt, d), (B, Nv, d)
+            layout = make_layout(*batch.positions, self.past, self.model.config, t.device, compute_dtype(t))
+            self.run_node(self.root, t, v, layout)  # first: if it is interrupted, all is as it was
+            self.segments.append(Segment(batch.positions, self.past, layout))
+            self.past = self.past.extend(*batch.positions[:2])
 
     def run_node(self, node, t, v, layout):
         """Takes a segment through the layers of a node."""
-        node.outputs.append(self.language_model.run(t, v, layout, node.sa, node.start, node.stop, node.cache))
+        node.outputs.append(self.model.language_model.run(t, v, layout, node.sa, node.start, node.stop, node.cache))
 
     def run(self, sa):
         """Runs all layers in configuration sa, as far as another one has not done it already.
         Returns t (B, Nt, d) of the newest segment after the last layer, and the cache of every layer."""
         if tuple(sa) not in map(tuple, self.configurations):
             raise ValueError(f"configuration {tuple(sa)} is not one of those that this cache was made for")
-        node, c = self.root, self.language_model.config
+        node, c = self.root, self.model.config
         while node.stop < c.layers:
             node = self.child(node, node.stop in sa)
         t, _ = node.outputs[-1]
@@ -77,7 +84,7 @@ class CacheTree:
         """The node that goes on from a parent on one side, with all that has come in run."""
         if side not in parent.children:
             group = [own for own in parent.group if (parent.stop in own) == side]
-            c = self.language_model.config
+            c = self.model.config
             parent.children[side] = Node(group, parent.stop, parent.cache, c, self.capacity, self.pauses)
         node = parent.children[side]
         for i in range(len(node.outputs), len(self.segments)):
@@ -106,7 +113,7 @@ class CacheTree:
 
     def select(self, rows):
         """A tree for some samples of the batch, with copies of what all configurations share."""
-        new = CacheTree(self.language_model, self.configurations, len(rows), self.capacity, self.pauses)
+        new = CacheTree(self.model, self.configurations, len(rows), self.capacity, self.pauses)
         node, n = self.root, len(self.segments)
         while not branch_layers(node.group) & {node.stop}:  # what goes on from there for all, as far as it has run
             following = [x for x in node.children.values() if len(x.outputs) == n]
@@ -116,20 +123,25 @@ class CacheTree:
         like, _ = node.outputs[0]
         for positions, *_ in self.segments:
             positions = tuple(x[rows] for x in positions)
-            layout = make_layout(*positions, new.past, self.language_model.config, like.device, compute_dtype(like))
+            layout = make_layout(*positions, new.past, self.model.config, like.device, compute_dtype(like))
             new.segments.append(Segment(positions, new.past, layout))
             new.past = new.past.extend(*positions[:2])
         new.root.stop, new.root.outputs = node.stop, [(t[rows], v[rows]) for t, v in node.outputs]
         new.root.cache = [LayerCache(*(kv.select(rows) for kv in layer)) for layer in node.cache]
         return new
 
-    def ran(self, _):
-        """The flops.Stages of a prompt: no visual tokens are dropped inside."""
-
     @property
-    def stages(self):
-        """What decoding goes on from, see pruning.PrunedCache: all layers keep the same tokens."""
-        return [(0, self.language_model.config.layers, self.past)]
+    def runs(self):
+        """What decoding goes on from, [(first layer, the one behind the last, Past)]: all layers keep the same tokens.
+        """
+        return [(0, self.model.config.layers, self.past)]
+
+    def kept(self, b):
+        """Of each run of layers, which of prompt b's visual tokens are there, (tokens,)."""
+        return [np.arange(self.past.vision[b])]
+
+    def ran(self, _):
+        """The flops.LayerTokens of a prompt: no visual tokens are dropped inside."""
 
     @property
     def end(self):

@@ -16,7 +16,7 @@ class Route(NamedTuple):
     sa: object      # of VLM.generate
     pixels: str     # likewise
     ran: Plan
-    stages: object = None  # flops.Stages, where visual tokens were dropped inside
+    layer_tokens: object = None  # of flops, where visual tokens were dropped inside
 
 
 def report_of(model, costs, route, prefix, prompt, tokens):
@@ -52,11 +52,14 @@ class Costs:
         new = not any(key[0] == route.shared for key in self.ran)  # to dense, which has one cache
         decides = route.pixels == "auto" and data.has_overview(prefix)
         prefill = encoder = 0
-        if route.stages:  # nothing is shared but the encoder's work
+        if route.layer_tokens:  # nothing is shared but the encoder's work
             self.ran.setdefault((*route[:3], route.ran.pixels), [])
             encoder = self.encode(route, route.ran.pixels)
-            prefill = prompt_flops(c, route.ran.sa, shared + own, route.stages)
-        for pixels in PIXELS if decides and route.ran.pixels == "all" else [route.ran.pixels] * (not route.stages):
+            prefill = prompt_flops(c, route.ran.sa, shared + own, route.layer_tokens)
+            tried = ()
+        else:             # over the overview first, where that was to be decided
+            tried = PIXELS if decides and route.ran.pixels == "all" else [route.ran.pixels]
+        for pixels in tried:
             last = pixels == route.ran.pixels
             sa, stop = (route.ran.sa, c.layers) if last else (c.overview[0], c.pixel_layer)
             ran = self.ran.setdefault((*route[:3], pixels), [])
@@ -69,7 +72,7 @@ class Costs:
                 len(c.configurations(pixels)) > 1) else 0
             encoder += self.encode(route, pixels)
             ran.append((sa, stop))
-        llm = prefill + answer_flops(c, route.ran.sa, shared + own, route.stages or seen, answer)
+        llm = prefill + answer_flops(c, route.ran.sa, shared + own, route.layer_tokens or seen, answer)
 
         everything, tiles = range(c.layers), self.tiles if new else 0
         dense = llm_flops(c, everything, shared, self.dense_vision, head=False, layers=everything if new else ())

@@ -53,6 +53,7 @@ def tiling(width, height, config, single_image=True, max_tiles=None):
     max_tiles: the most tiles that the grid may have, the base tile not counted (default: as many as config allows).
     """
     side, tile, reduction = config.side, config.tile, config.reduction
+    width, height = reduction.picture(width, height)
     if not single_image:
         newlines = int(config.multi_image_newline)
         return Tiling(None, None, (0, 0), (0, 0), (0, 0), False, newlines,
@@ -124,7 +125,10 @@ def process_image(image, config, single_image=True, max_tiles=None):
     if not single_image and max(image.size) ** 2 > 2 * Image.MAX_IMAGE_PIXELS:
         raise SampleError("oversized image",
                           f"an image of {image.width} x {image.height} is too long to be padded to a square; crop it")
-    return ProcessedImage(pixels(to_rgb(image, config.transparency), tiles, config), tiles)
+    image, size = to_rgb(image, config.transparency), config.reduction.picture(*image.size)
+    if size != image.size:
+        image = image.resize(size, Image.BICUBIC)
+    return ProcessedImage(pixels(image, tiles, config), tiles)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

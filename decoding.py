@@ -41,15 +41,15 @@ def generate(model, tree, prompts, sa, max_tokens=64, temperature=0.0, top_p=1.0
             sampler = partial(sample_token, temperature=temperature, top_p=top_p,
                               random=torch.Generator(model.device).manual_seed(seed))
             emit = on_token and (lambda i, token, rows=rows: on_token(rows[i], token))
-            for i, answer in zip(rows, decode(model, logits, branch.stages, own, cache, max_tokens, sampler, emit)):
+            for i, answer in zip(rows, decode(model, logits, branch.runs, own, cache, max_tokens, sampler, emit)):
                 answers[i] = answer
     return answers, chosen
 
 
-def decode(model, logits, stages, sa, cache, max_tokens, sampler, on_token=None):
+def decode(model, logits, runs, sa, cache, max_tokens, sampler, on_token=None):
     """The answers (token id lists) that begin by logits (B, vocab).
 
-    stages, cache: what came before, as in CacheTree; sampler: logits -> tokens (B,); on_token(i, id) is called for each
+    runs, cache: what came before, as in CacheTree; sampler: logits -> tokens (B,); on_token(i, id) is called for each
     token as it comes. An answer ends before one of the model's stop tokens. Raises ValueError where logits are not
     finite.
     """
@@ -71,7 +71,7 @@ def decode(model, logits, stages, sa, cache, max_tokens, sampler, on_token=None)
         if not running:
             return answers
         if not (steps and steps.left):               # the first stretch, or a very long answer's next one
-            now = [(start, stop, past._replace(text=past.text + taken)) for start, stop, past in stages]
+            now = [(start, stop, past._replace(text=past.text + taken)) for start, stop, past in runs]
             steps = Steps(model, now, sa, cache, min(max_tokens - taken, STRETCH))
         logits, taken = steps(tokens), taken + 1
 
@@ -79,13 +79,13 @@ def decode(model, logits, stages, sa, cache, max_tokens, sampler, on_token=None)
 class Steps:
     """The next `left` decoding steps of a batch, over caches of fixed length."""
 
-    def __init__(self, model, stages, sa, cache, left):
+    def __init__(self, model, runs, sa, cache, left):
         """Arguments: as in `decode`."""
         self.model, self.sa, self.cache, self.left = model, sa, cache, left
-        self.stages, dtype = [], compute_dtype(model.image_newline)
-        for start, stop, past in stages:
+        self.runs, dtype = [], compute_dtype(model.image_newline)
+        for start, stop, past in runs:
             layout = DecodeLayout(past, past.text + past.vision, left, model.config, model.device, dtype)
-            self.stages.append((start, stop, layout))
+            self.runs.append((start, stop, layout))
             for l in range(start, stop):
                 cache[l].self_attn.reserve(layout.lengths[l in sa])
         self.replays = model.device.type == "cuda" and not model.training  # FSDP, autocast do more than can be recorded
@@ -106,7 +106,7 @@ class Steps:
         return self.logits
 
     def step(self, tokens):
-        return self.model.decode_step(tokens, self.stages, self.sa, self.cache)
+        return self.model.decode_step(tokens, self.runs, self.sa, self.cache)
 
 
 def sample_token(logits, temperature, top_p, random):

@@ -17,7 +17,6 @@ from cli import not_finite
 from config import PIXELS, Plan
 from flops import sa_name
 from layout import upload
-from pruning import PrunedCache
 
 
 def image_batches(eval_set, config, done=(), progress=False, batch_size=128, tokens=1 << 14, waiting=1 << 29):
@@ -75,11 +74,8 @@ def evaluate(model, eval_set, plans, done=(), progress=True):
     for batch in image_batches(eval_set, model.config, done, progress):
         whole = [data.encode(prefix, model.tokenizer, [x]) for _, x, _ in batch]
         seen = {pixels: [data.seen(x, pixels, model.config) for x in whole] for pixels, own in numbers.items() if own}
-        if model.config.reduction.inside:
-            trees = {pixels: AskedAnew(model, prompts) for pixels, prompts in seen.items()}
-        else:
-            trees = {pixels: model.prefill(prompts, [plans[i].sa for i in numbers[pixels]], 64, pixels=pixels)
-                     for pixels, prompts in seen.items()}
+        trees = {pixels: model.prefill(prompts, [plans[i].sa for i in numbers[pixels]], 64, pixels=pixels)
+                 for pixels, prompts in seen.items()}
         results = []                                                         # of this batch
         for asked in zip(*(questions for *_, questions in batch)):           # the k-th question of every image
             pairs = [(q, a) for _, q, a in asked]
@@ -94,30 +90,6 @@ def evaluate(model, eval_set, plans, done=(), progress=True):
                     found["route"] = plans.index(Plan(scores[pixels][k]["route"], pixels))
                 results.append(found)
         yield sorted(results, key=lambda r: r["image"])
-
-
-class AskedAnew:
-    """In place of a CacheTree where visual tokens are dropped by what is asked: nothing but the encoder's work is
-    shared, and each question runs with its images."""
-
-    def __init__(self, model, prompts):
-        self.model, self.prompts, self.end = model, prompts, prompts[0].end
-        self.known = model.pieces([x for p in prompts for x in p.images])
-        self.configurations = model.configurations(tuple(range(model.config.layers)))
-        self.segments, self.asked = (), None
-
-    def ask(self, prompts):
-        """One question after each prompt, its answer too."""
-        self.asked = PrunedCache(self.model, [data.join(*pair) for pair in zip(self.prompts, prompts)], 0,
-                                 known=self.known)
-
-    def run(self, sa):
-        """(the text stream of what was asked behind all layers (B, Nt, d), its caches)."""
-        t, cache = self.asked.run(sa)
-        return t[:, len(self.prompts[0].ids):], cache
-
-    def truncate(self, _):
-        self.asked = None
 
 
 def score_answers(model, pairs, tree, pixels="all", routed=False):
@@ -135,10 +107,7 @@ def score_answers(model, pairs, tree, pixels="all", routed=False):
     sample, token = is_target.nonzero()                                      # on the host
     on = upload(model.device, index=sample * labels.shape[1] + token, targets=labels[sample, token + 1])
     segments = len(tree.segments)
-    if isinstance(tree, AskedAnew):
-        tree.ask(prompts)
-    else:
-        model.extend(tree, batch)                                            # the layers that all configurations share
+    tree.extend(prompts)                                                     # the layers that all configurations share
     if routed:                                                               # before the answer: it is not seen
         enough = [True] * len(pairs)
         if pixels == "overview":

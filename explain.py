@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cli import counted
-from data import Prompt, collate, join, with_tokens
+from data import Prompt, join
 
 INK, PALE, PAPER = (32, 33, 36), (112, 117, 125), (255, 255, 255)
 KINDS = {"text-only": (218, 221, 226), "cross-attention": (72, 133, 237), "self-attention": (240, 140, 30)}
@@ -61,30 +61,18 @@ def attention_to_images(model, prompt, answer, sa):
         found[l] = scores.softmax(-1).mean((0, 1)).cpu().numpy()  # (keys,)
     with torch.no_grad(), observed(model, observe):
         pieces = model.pieces(prompt.images)
-        stages = run_prompt(model, whole, pieces, sa)
-    weights, shares = {}, {}
-    for layers, v_pos, numbers in stages:
-        for l in sorted(found.keys() & set(layers)):
-            own = found[l][v_pos] if l in sa else found[l]
+        tree = model.prefill([whole], tuple(sa), 0, known=pieces)
+        tree.run(tuple(sa))
+    weights, shares, kept = {}, {}, tree.kept(0)
+    for (start, stop, past), numbers in zip(tree.runs, kept):
+        for l in sorted(found.keys() & set(range(start, stop))):
+            own = found[l][past.v_pos[0, :past.vision[0]]] if l in sa else found[l]
             weights[l], shares[l] = np.zeros(len(prompt.v_pos), np.float32), float(own.sum())
             weights[l][numbers[numbers >= 0]] = own[numbers >= 0]
     lie = [places_of(x, p.tiling, model.config) for x, p in zip(pieces, prompt.images)]
     places, merged = map(np.concatenate, zip(*lie))
-    *_, last = stages[-1]
+    last = kept[-1]
     return Look(weights, shares, places, merged, np.isin(np.arange(len(places)), last), int((last < 0).sum()))
-
-
-def run_prompt(model, prompt, pieces, sa):
-    """Runs a prompt. Returns [(layers, positions of the visual tokens in them, which of layer 0's they are or -1)].
-    pieces: of VLM.pieces."""
-    from pruning import PrunedCache
-    if not model.config.reduction.inside:
-        batch = collate([prompt])
-        model.language_model(*model.embed(batch, known=pieces), model.layout(batch), tuple(sa))
-        return [(range(model.config.layers), prompt.v_pos, np.arange(len(prompt.v_pos)))]
-    cache = PrunedCache(model, [prompt], 0, known=pieces)
-    return [(range(start, stop), with_tokens(prompt, tokens).v_pos, numbers.cpu().numpy())
-            for (start, stop, _), (tokens,), (numbers,) in zip(cache.stages, cache.counts, cache.kept)]
 
 
 def places_of(pieces, tiling, c):

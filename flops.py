@@ -39,11 +39,11 @@ def tower_flops(c, tiles):
 
 
 def selection_flops(c):
-    """Of one tile: queries, keys and weights of the layers that score patches, and likenesses of patches."""
+    """Of one tile: weights of the layers that score patches, and likenesses of patches."""
     r, n, d = c.reduction, c.patches ** 2, c.vision_hidden
     if not r.picks:
         return 0
-    scores = (1 + (r.method == "hired")) * (4 * n * d * d + 2 * n * n * d)
+    scores = (1 + (r.method == "hired")) * 2 * n * n * d
     if r.method == "visionzip":
         dominant, contextual = r.of_tile(c.patches)
         merged = n - dominant - contextual
@@ -92,23 +92,23 @@ def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False, head
 def answer_flops(c, sa, text, vision, answer):
     """The tokens of an answer after the first, which the prompt gives: answer - 1 steps from the cache. Each costs as
     much more than the one before, so all together cost as many times the mean of the first and the last.
-    vision: visual tokens, or the Stages of a prompt."""
+    vision: visual tokens, or the LayerTokens of a prompt."""
     steps = answer - 1
     return steps * sum(token_flops(c, sa, past, vision) for past in (text, text + steps - 1)) // 2
 
 
-class Stages(NamedTuple):
+class LayerTokens(NamedTuple):
     """How many visual tokens a prompt has in the layers of the language model, where a reduction drops some inside."""
-    counts: list      # of each stage: of each image its tokens
+    counts: list      # of each run of layers: of each image its tokens
     raters: int = 1   # text tokens whose attention decided
     asked: int = 0    # text tokens among which SparseVLM looked for them
 
 
-def expected_stages(c, text, images):
-    """The Stages of a prompt whose images have so many tokens each. What SparseVLM keeps depends on the question: here
-    every third text token is a rater, and their attention has full rank."""
+def expected_tokens(c, text, images):
+    """The LayerTokens of a prompt whose images have so many tokens each. What SparseVLM keeps depends on the question:
+    here every third text token is a rater, and their attention has full rank."""
     r, raters, counts = c.reduction, max(1, text // 3), [list(images)]
-    for k, _ in enumerate(r.drops(c.layers) if r.inside else ()):
+    for k, _ in enumerate(r.drops(c.layers)):
         if r.method == "pyramiddrop":
             counts.append([r.pyramid_count(k, first, c.layers) for first in images])
             continue
@@ -116,35 +116,37 @@ def expected_stages(c, text, images):
         for first, n in zip(images, counts[-2]):
             kept = sparse_count(raters, n, r.sparse_scale(first))
             counts[-1].append(kept + (0 if r.option == "drop" else recycled_count(n - kept)))
-    return Stages(counts, raters, text) if r.method == "sparsevlm" and images else Stages(counts)
+    return LayerTokens(counts, raters, text) if r.method == "sparsevlm" and images else LayerTokens(counts)
 
 
-def by_layer(c, stages):
-    """[(layers, visual tokens of each image)] of Stages, or of a number of tokens in all layers."""
-    if not isinstance(stages, Stages):
-        return [(range(c.layers), [stages])]
-    edges = [0, *(c.reduction.drops(c.layers) if c.reduction.inside else ()), c.layers]
-    return [(range(*edge), counts) for edge, counts in zip(pairwise(edges), stages.counts)]
+def by_layer(c, vision):
+    """[(layers, visual tokens of each image)] of LayerTokens, or of a number of tokens in all layers."""
+    if not isinstance(vision, LayerTokens):
+        return [(range(c.layers), [vision])]
+    edges = [0, *c.reduction.drops(c.layers), c.layers]
+    return [(range(*edge), counts) for edge, counts in zip(pairwise(edges), vision.counts)]
 
 
-def prompt_flops(c, sa, text, stages, paper=False):
-    """The language model over a prompt, and the choices that a reduction makes on the way. stages: of a prompt, or its
-    visual tokens."""
-    parts = by_layer(c, stages)
+def prompt_flops(c, sa, text, vision, paper=False):
+    """The language model over a prompt, and the choices that a reduction makes on the way. vision: visual tokens, or
+    the LayerTokens of a prompt."""
+    parts = by_layer(c, vision)
     total = sum(llm_flops(c, sa, text, sum(counts), paper=paper, head=False, layers=own) for own, counts in parts)
-    return total + 2 * c.hidden * c.vocab + (pruning_flops(c, text, stages) if len(parts) > 1 else 0)
+    return total + 2 * c.hidden * c.vocab + (pruning_flops(c, text, vision) if len(parts) > 1 else 0)
 
 
-def token_flops(c, sa, text, stages):
+def token_flops(c, sa, text, vision):
     """One token of an answer behind so much text."""
     return 2 * c.hidden * c.vocab + sum(llm_flops(c, sa, 1, 0, text, sum(counts), head=False, layers=own)
-                                        for own, counts in by_layer(c, stages))
+                                        for own, counts in by_layer(c, vision))
 
 
-def pruning_flops(c, text, stages):
+def pruning_flops(c, text, layer_tokens):
     """What choosing costs: queries of some text tokens, keys of all, and what makes SparseVLM's raters; not its
     clusters, under 0.1 %."""
-    counts, raters, asked = stages
+    counts, raters, asked = layer_tokens
+    if not sum(counts[0]):
+        return 0
     wide, narrow, total = c.heads * c.head_dim, c.kv_heads * c.head_dim, 2 * sum(counts[0]) * asked * c.hidden
     for tokens in (text + sum(now) for now in counts[:-1]):
         total += 2 * (raters * c.hidden * wide + tokens * c.hidden * narrow + raters * tokens * wide)
@@ -171,7 +173,7 @@ def scores_flops(c, sa, text, vision, stop, choices):
 
 def cache_bytes(c, sa, text, vision, itemsize=2):
     """Keys and values: text and vision in self-attention layers, text in the others, vision in cross-attentions.
-    vision: visual tokens, or the Stages of a prompt."""
+    vision: visual tokens, or the LayerTokens of a prompt."""
     tokens = sum(len(own) * text + sum(counts) * sum((l in sa) + (l in c.vision_readers(sa)[0]) for l in own)
                  for own, counts in by_layer(c, vision))
     return tokens * 2 * c.kv_heads * c.head_dim * itemsize
@@ -296,15 +298,15 @@ def count(c, configurations, text, images, tiles, answer, batch):
     """One row of numbers for each configuration; operations and bytes are those of the whole batch. images: the visual
     tokens of each."""
     encoder, connector = batch * tower_flops(c, tiles), batch * connector_flops(c, tiles)
-    stages, rows = expected_stages(c, text, images), []
+    vision, rows = expected_tokens(c, text, images), []
     for sa in configurations:
-        prefill = batch * prompt_flops(c, sa, text, stages)
-        rest = batch * answer_flops(c, sa, text, stages, answer)
+        prefill = batch * prompt_flops(c, sa, text, vision)
+        rest = batch * answer_flops(c, sa, text, vision, answer)
         rows.append({"sa": sa_name(c, sa), "prefill": prefill, "answer": rest,
-                     "token": batch * token_flops(c, sa, text, stages),
-                     "prefill_paper": batch * prompt_flops(c, sa, text, stages, paper=True),
+                     "token": batch * token_flops(c, sa, text, vision),
+                     "prefill_paper": batch * prompt_flops(c, sa, text, vision, paper=True),
                      "encoder": encoder, "connector": connector, "total": encoder + connector + prefill + rest,
-                     "cache_bytes": batch * cache_bytes(c, sa, text + answer, stages),
+                     "cache_bytes": batch * cache_bytes(c, sa, text + answer, vision),
                      "activation_bytes": batch * activation_bytes(c, sa, text, sum(images))})
     return rows
 
@@ -338,7 +340,7 @@ def main(argv=None):
     report = {"model": args.model, "tiles": tiles, "overview": overview, "visual_tokens": vision,
               "dense_visual_tokens": sum(dense_tokens), "text_tokens": args.text, "answer_tokens": args.answer,
               "batch": args.batch, "reduce": c.reduce,
-              "visual_tokens_by_layer": [sum(counts) for own, counts in by_layer(c, expected_stages(
+              "visual_tokens_by_layer": [sum(counts) for own, counts in by_layer(c, expected_tokens(
                   c, args.text, tokens)) for _ in own],
               "parameters": {"llm": llm_parameters(c), "cross_attention": cross_parameters(c)},
               "rows": compare(rows, dense)}
@@ -398,10 +400,11 @@ def reduction_lines(c, r):
     """Of the page: what a reduction leaves."""
     if not c.reduce:
         return []
-    out = [f"  reduction       {c.reduce}: dense has {r['dense_visual_tokens']:,} visual tokens"]
+    first = f"{c.reduce}: dense has {r['dense_visual_tokens']:,} visual tokens"
+    out = textwrap.wrap(first, 80, initial_indent="  reduction".ljust(18), subsequent_indent=" " * 18)
     if c.reduction.inside:
         runs = [(len(list(group)), n) for n, group in groupby(r["visual_tokens_by_layer"])]
-        out += textwrap.wrap("visual tokens: " + ", ".join(f"{n:,} in {counted(k, 'layer')}" for k, n in runs), 62,
+        out += textwrap.wrap("visual tokens: " + ", ".join(f"{n:,} in {counted(k, 'layer')}" for k, n in runs), 80,
                              initial_indent=" " * 18, subsequent_indent=" " * 18)
     if c.reduction.method == "sparsevlm":
         out.append(" " * 18 + "if a third of the text tokens rate them, none alike")
@@ -426,7 +429,8 @@ def plot(path, c, configurations, text):
     figure, axes = plt.subplots(figsize=(10, 5), constrained_layout=True)
     curves = {}  # configurations that cost the same share a curve
     for sa in [tuple(range(c.layers)), *configurations]:
-        curves.setdefault(tuple(llm_flops(c, sa, text, n) / 1e12 for n in lengths), {})[sa_name(c, sa)] = None
+        tera = tuple(prompt_flops(c, sa, text, expected_tokens(c, text, [n])) / 1e12 for n in lengths)
+        curves.setdefault(tera, {})[sa_name(c, sa)] = None
     for i, (tera, names) in enumerate(curves.items()):
         colour = plt.cm.viridis(1 - i / len(curves)) if i else "black"
         axes.plot(lengths, tera, color=colour, lw=2 if i else 3, label="\n".join(names))

@@ -19,7 +19,7 @@ from arrange import Pieces, arrange
 from cache_tree import CacheTree
 from cli import not_finite, timer
 from config import Plan, group_by_configuration
-from data import collate, target_mask
+from data import target_mask
 from decoding import NOT_FINITE, generate
 from encoders import normalise, send
 from encoders.siglip import VisionTower
@@ -267,29 +267,26 @@ class VLM(nn.Module):
 
     # --- generation ---
 
-    def new_tree(self, sa, batch, text, vision, pixels="all"):
-        """An empty CacheTree for `text` and `vision` tokens a sample. sa: as in `configurations`. Over the overview
-        nodes end where the router decides on the pixels, and on the layers."""
+    def new_tree(self, sa, prompts, text_capacity=512, pixels="all"):
+        """An empty CacheTree, or PrunedCache, with room for `prompts` and text_capacity more tokens of text; it grows
+        beyond. sa: as in `configurations`. Over the overview nodes end where the router decides on the pixels, and on
+        the layers."""
         c, configurations = self.config, self.configurations(sa, pixels)
-        capacity = round_up(text), vision  # text grows
-        assert not c.reduction.inside, "tokens go on the way: pruning.PrunedCache"
+        if c.reduction.inside:
+            return PrunedCache(self, configurations, text_capacity)
+        text, vision = (max(len(x) for x in own) for own in zip(*((p.ids, p.v_pos) for p in prompts)))
         pauses = [c.pixel_layer, c.route_layer] if pixels == "overview" and self.router and c.overview else []
-        return CacheTree(self.language_model, configurations, batch, capacity, pauses)
-
-    def extend(self, tree, batch, timings=None, known=None):
-        """Adds a data.Batch to a tree, and runs it through the layers that all of its configurations share."""
-        with timer(timings, "prefill", self.device):
-            tree.extend(*self.embed(batch, timings, known), batch.positions)
+        return CacheTree(self, configurations, len(prompts), (round_up(text + text_capacity), vision), pauses)
 
     @torch.no_grad()
-    def generate(self, prompts, sa, pixels="all", timings=None, routes=None, stages=None, on_token=None, max_tokens=64,
-                 **how):
+    def generate(self, prompts, sa, pixels="all", timings=None, routes=None, layer_tokens=None, on_token=None,
+                 max_tokens=64, **how):
         """Answers to a list of data.Prompt: a list of token id lists, without the closing <|im_end|>.
 
         sa: a configuration, a list with one for each prompt, or "auto". pixels: "all", "overview" or "auto"; a prompt
         that has no overview gets all. timings: a dict that gains seconds of "encoder", "prefill", "decode", and
-        "select", a reduction's share of them. routes: a list that receives each prompt's Plan; stages: likewise its
-        flops.Stages, or None. on_token(i, id) is called for each token as it comes. max_tokens, how: as in
+        "select", a reduction's share of them. routes: a list that receives each prompt's Plan; layer_tokens: likewise
+        its flops.LayerTokens, or None. on_token(i, id) is called for each token as it comes. max_tokens, how: as in
         decoding.generate.
         """
         if isinstance(sa, list) and len(sa) != len(prompts):
@@ -304,8 +301,8 @@ class VLM(nn.Module):
                 answers[i], plans[i], pruned[i] = answer, Plan(configuration, kind), tree.ran(k)
         if routes is not None:
             routes[:] = plans
-        if stages is not None:
-            stages[:] = pruned
+        if layer_tokens is not None:
+            layer_tokens[:] = pruned
         return answers
 
     def look(self, prompts, sa, pixels, max_tokens, timings):
@@ -316,14 +313,9 @@ class VLM(nn.Module):
         left, known, steps = set(range(len(prompts))), {}, min(max_tokens, 1024)  # longer answers make the cache grow
 
         def tree_of(rows, kind, seen):
-            batch, own = collate(seen), [sa[i] for i in rows] if isinstance(sa, list) else sa
+            own = [sa[i] for i in rows] if isinstance(sa, list) else sa
             features = [known.get(i) for i in rows for _ in prompts[i].images]
-            if self.config.reduction.inside:
-                self.configurations(own)
-                return PrunedCache(self, seen, steps, timings, features)
-            tree = self.new_tree(own, len(rows), batch.ids.shape[1] + steps, batch.v_pos.shape[1], kind)
-            self.extend(tree, batch, timings, features)
-            return tree
+            return self.prefill(seen, own, steps, timings, kind, features)
         if small:
             rows, seen = list(small), list(small.values())
             with timer(timings, "encoder", self.device):
@@ -340,14 +332,14 @@ class VLM(nn.Module):
             rows, seen = sorted(left), [prompts[i] for i in sorted(left)]
             yield rows, "all", seen, tree_of(rows, "all", seen)
 
-    def decode_step(self, tokens, stages, sa, cache):
-        """One token for each sample: tokens (B,) -> logits (B, vocab) of what follows. stages: (first layer, the one
+    def decode_step(self, tokens, runs, sa, cache):
+        """One token for each sample: tokens (B,) -> logits (B, vocab) of what follows. runs: (first layer, the one
         behind the last, DecodeLayout); one, but for tokens that are dropped on the way.
 
         It reads nothing back, its tensors stay where they are and have one shape: as a whole it is one graph for
         torch.compile(fullgraph=True, dynamic=False), and for a CUDA graph."""
         t = self.language_model.embed_tokens(tokens[:, None])                        # (B, 1, d)
-        for start, stop, layout in stages:
+        for start, stop, layout in runs:
             t, _ = self.language_model.run(t, t[:, :0], layout.step(), sa, start, stop, cache)  # no new vision
         return self.head(self.language_model.norm(t[:, -1]))
 
@@ -358,16 +350,15 @@ class VLM(nn.Module):
     # --- encode once, ask many ---
 
     @torch.no_grad()
-    def prefill(self, prompts, sa, text_capacity=512, timings=None, pixels="all"):
-        """Runs what several questions share, the system text and the images, once: a CacheTree.
+    def prefill(self, prompts, sa, text_capacity=512, timings=None, pixels="all", known=None):
+        """Runs what several questions share, the system text and the images, once: the tree that `new_tree` makes.
 
         prompts: a list of data.Prompt. Attention is causal, so none of it depends on the question. All layers run now
         where `sa` is one configuration; with "auto" those before the route layer, and each other layer when a question
-        is first sent there. text_capacity: tokens to reserve for questions and answers; the cache grows beyond.
+        is first sent there. known: as in `pieces`.
         """
-        batch = collate(prompts)
-        tree = self.new_tree(sa, len(prompts), batch.ids.shape[1] + text_capacity, batch.v_pos.shape[1], pixels)
-        self.extend(tree, batch, timings)
+        tree = self.new_tree(sa, prompts, text_capacity, pixels)
+        tree.extend(prompts, timings, known)
         return tree
 
     # --- VISOR from a dense model ---
@@ -378,9 +369,12 @@ class VLM(nn.Module):
         c, first = self.config, self.multi_modal_projector.linear_1
         was_wide, wide = c.reduction.option == "widen", methods.parse(text).option == "widen"
         if was_wide > wide:
-            raise ValueError(f"--reduce {text}: this checkpoint's connector reads four sub-tokens side by side; give "
-                             "pack:RATIO:widen")
-        methods.parse(text).check(c)
+            raise ValueError(f"--reduce {text or 'none'}: this checkpoint's connector reads four sub-tokens side by "
+                             "side; give pack:RATIO:widen")
+        try:
+            methods.parse(text).check(c)
+        except ValueError as e:
+            raise ValueError(f"--reduce {e}") from None
         c.reduce = text
         if wide > was_wide:
             first.weight = nn.Parameter(first.weight.detach().repeat(1, 4) / 4)  # a quarter each: the mean's output

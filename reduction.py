@@ -72,28 +72,34 @@ def pool(x, side):
 
 # --- before the language model: some patches of each tile ------------------------------------------------------------
 
-def visionzip(x, score, keys, dominant, contextual):
+def visionzip(x, score, keys, dominant, contextual, average=False):
     """VisionZip: the `dominant` patches with the highest score, and `contextual` ones into which all others merge.
 
     x (P, N, c), score (P, N), keys (P, N, D) of the layer that scores, mean over heads. Returns tokens (P, K, c) and
     the patches where they lie (P, K): the dominant ones in order, then the contextual ones. The latter are every
     so-many-th of the patches that are left; each other patch goes to the one whose keys are most like its own, which
-    gains the mean of those: the official code adds it, the article averages.
+    gains the mean of those, as in the official code. average: it becomes the mean of all and itself, as the article has
+    it.
     """
     chosen = best(score, dominant)                                                        # (P, dominant)
     left = torch.ones_like(score).scatter(1, chosen, 0.0)
     rest = best(left, x.shape[1] - dominant)                                              # (P, R) ascending
     step = max(1, rest.shape[1] // max(1, contextual))
-    at = torch.arange(rest.shape[1], device=x.device)
+    at = np.arange(rest.shape[1])
     is_target = (at % step == 0) & (at < step * contextual)
-    targets, merged = rest[:, is_target], rest[:, ~is_target]                             # (P, contextual), (P, M)
-    tokens = take(x, targets)
+    targets, merged = (rest[:, torch.from_numpy(own.nonzero()[0]).to(x.device)] for own in (is_target, ~is_target))
+    tokens = take(x, targets)                                                             # (P, contextual, c)
     if contextual and merged.shape[1]:
         with torch.no_grad():
             unit = F.normalize(keys, dim=-1, eps=1e-12)
             like = take(unit, merged) @ take(unit, targets).transpose(1, 2)               # (P, M, contextual)
-        joins = F.one_hot(like.argmax(-1), contextual).to(x.dtype).transpose(1, 2)        # (P, contextual, M)
-        tokens = tokens + joins @ take(x, merged) / joins.sum(-1, keepdim=True).clamp(min=1)
+        number = torch.arange(contextual, device=x.device)[:, None]
+        joins = (like.argmax(-1)[:, None] == number).to(x.dtype)                          # (P, contextual, M)
+        many = joins.sum(-1, keepdim=True)                                                # (P, contextual, 1)
+        if average:
+            tokens = (tokens + joins @ take(x, merged)) / (1 + many)
+        else:
+            tokens = tokens + joins @ take(x, merged) / many.clamp(min=1)
     return torch.cat([take(x, chosen), tokens], dim=1), torch.cat([chosen, targets], dim=1)
 
 
@@ -126,6 +132,7 @@ def hired(first, last, grid, seen, budget, alpha=0.5):
     `budget` patches in all. Official but for three things: a patch belongs to the grid's tile that shows the same
     place, where the original cuts the base tile's row of patches into equal runs; only patches that see the picture
     are chosen, and what rounding leaves over goes to the tiles that it is due to most, so that the count is exact.
+    Shares are worked out on the host, which waits for the device here.
     """
     n, most = round(first.shape[0] ** 0.5), seen.sum(1).cpu().numpy()
     rest = min(budget - min(int(budget * alpha), most[0]), most[1:].sum())                # for the grid
@@ -157,7 +164,7 @@ def reduce_tiles(x, looks, c):
         return x.flatten(2) if r.option == "widen" else x.mean(2), none, none
     if r.method == "visionzip":
         (q, k), = looks
-        return *visionzip(x, received(q, k), k.mean(2), *r.of_tile(c.patches)), none
+        return *visionzip(x, received(q, k), k.mean(2), *r.of_tile(c.patches), r.option == "mean"), none
     if r.method == "vispruner":
         kept = vispruner(x, received(*looks[0]), *r.of_tile(c.patches))
         return take(x, kept), kept, none

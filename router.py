@@ -25,9 +25,11 @@ from config import Plan
 from evaluation import accuracy, all_results, evaluate, opened
 from flops import llm_flops, plan_name, sa_name
 from llava.samples import Samples, eval_questions, reference_prompt
-from methods import add_flags, given, parse as parse_reduction
+from methods import add_flags, given, warn_untrained
 from model import VLM
 from toy import world
+
+NOT_INSIDE = "it is for the dense configuration, and a router chooses among others"
 
 
 def largest(plans):
@@ -223,12 +225,10 @@ class RouterBatches:
 
     def scores(self, reader, prompts, pixels, stop):
         """What a part of the policy says before layer `stop` of prompts of one question each, (B, choices)."""
-        batch = data.collate(prompts)
         with torch.no_grad():  # the prompt, up to there
-            tree = self.model.new_tree("auto", len(prompts), batch.ids.shape[1], batch.v_pos.shape[1], pixels)
-            self.model.extend(tree, batch)
+            tree = self.model.prefill(prompts, "auto", 0, pixels=pixels)
             tree.shared(stop)
-        return self.model.scores(reader, tree, batch.answer_starts, stop)[:, 0]
+        return self.model.scores(reader, tree, [p.answer_starts for p in prompts], stop)[:, 0]
 
 
 def conservative_threshold(label_smoothing, n):
@@ -283,10 +283,9 @@ def parse(argv=None):
                    "cores)")
     p.add_argument("--compile", action="store_true", help="torch.compile what repeats (see VLM.compile)")
     args = p.parse_args(argv)
-    given(p, args)
-    if args.reduce and (args.search or parse_reduction(args.reduce).inside):
-        p.error(f"--reduce {args.reduce}: " + ("--search is about a model as it is; leave it out" if args.search else
-                                               "it is for the dense configuration; there is nothing to choose"))
+    given(p, args, NOT_INSIDE)
+    if args.reduce is not None and args.search:
+        p.error(f"--reduce {args.reduce or 'none'}: --search is about a model as it is; leave it out")
     if args.search + bool(args.label) + args.report != 1:
         p.error("give one of --search, --label FILE and --report")
     if args.questions < 1 or args.seed < 0 or not 1 <= (args.threads or 1) <= 1024 or not 0 < args.keep <= 1:
@@ -305,8 +304,11 @@ def main(argv=None):
     directory = Path(checkpoint_path(args.model))
     model = VLM.from_pretrained(directory, args.dtype, placement(args.device))
     if args.reduce is not None:
+        warn_untrained(args.reduce, model.config.reduce, args.model)
         model.add_reduction(args.reduce)
     c = model.config
+    if c.reduction.inside:
+        raise ValueError(f"{args.model}: --reduce {c.reduce}: {NOT_INSIDE}; give --reduce none")
     if args.compile:
         model.compile()
     if not c.sa:

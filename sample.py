@@ -36,7 +36,7 @@ from costs import Costs, Route, report_of, summary
 from flops import within_budget
 from llava.index import kind_of, parse_sample
 from llava.samples import image_names
-from methods import TRAINED, add_flags, given, parse as parse_reduction
+from methods import add_flags, given, warn_untrained
 
 # Keys that --batch adds to a row; the flags that answers depend on
 RESULT = "run", "answer", "tokens", "sa", "pixels", "reduce", "routed", "text_tokens", "vision_tokens", "flops", "error"
@@ -208,23 +208,13 @@ def load_model(args):
     if args.compile:
         model.compile()
     if args.reduce is not None:
-        warn_of_reduction(args, model.config.reduce)
+        warn_untrained(args.reduce, model.config.reduce, args.model)
         model.add_reduction(args.reduce)
     if model.config.reduction.inside:  # before any question
         sa = "auto" if args.sa == "auto" and model.config.viable else model.config.configuration(
             "dense" if args.sa == "auto" else args.sa)
         model.config.check_reduction(sa if args.budget is None else "auto")
     return model
-
-
-def warn_of_reduction(args, learned):
-    """One line where the checkpoint has learned another reduction, `learned`, or not the one that must be learned."""
-    method, known = parse_reduction(args.reduce).method, parse_reduction(learned)
-    if method in TRAINED and known.method != method:
-        print(f"--reduce {args.reduce}: this checkpoint has not learned it; python {TRAINED[method]} --model "
-              f"{args.model} teaches it", file=sys.stderr)
-    elif learned and method != known.method:
-        print(f"--reduce {args.reduce}: this checkpoint has learned --reduce {learned}", file=sys.stderr)
 
 
 def main(argv=None):
@@ -254,15 +244,15 @@ def main(argv=None):
         sa, allowed = configuration(args, c, n_text, n_vision, dense_vision)
         timings = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
         key, pixels = (tuple(prefix.ids), tuple(prefix.t_pos)), c.allowed_pixels(wanted, sa, allowed)
-        routes, stages = [], []
+        routes, layer_tokens = [], []
         if (key, sa, pixels) not in conversations:
             capacity = len(prompt.ids) + min(args.max_tokens, 1024)
             conversations[key, sa, pixels] = Conversation(model, prefix, sa, pixels, capacity, timings)
         tokens = conversations[key, sa, pixels].answer(
             prompt, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-            timings=timings, allowed=allowed, routes=routes, stages=stages,
+            timings=timings, allowed=allowed, routes=routes, layer_tokens=layer_tokens,
             on_token=Stream(model.tokenizer) if stream else None)
-        asked = Route(key, sa, pixels, routes[0], stages[0])
+        asked = Route(key, sa, pixels, routes[0], layer_tokens[0])
         report = {"question": question, **report_of(model, costs, asked, prefix, prompt, tokens),
                   "seconds": {k: round(timings[k], 4) for k in ("encoder", "prefill", "decode")}}
         if args.json:
@@ -326,7 +316,7 @@ def answer_rows(args, model, questions, heads, done):
 def report_alone(model, answer):
     """report_of an answers.Answer, as of a question that is asked alone."""
     asked, costs = answer.asked, Costs(model.config, answer.asked.shared.images, answer.asked.dense_vision)
-    route = Route(None, asked.sa, asked.pixels, answer.plan, answer.stages)
+    route = Route(None, asked.sa, asked.pixels, answer.plan, answer.layer_tokens)
     return report_of(model, costs, route, asked.shared, asked.own, answer.tokens)
 
 

@@ -16,8 +16,8 @@ from toy.training import RECIPES, ToyBatches, init_weights
 
 DENSE = NANO / "dense"  # where the miniature starts from
 
-# On training files, with 128 samples a step (paper 5.1; stage 0 as LLaVA's first stage)
-LEARNING_RATES = {0: 1e-3, 1: 1e-4, 2: 1e-5}
+# On training files, with 128 samples a step (paper 5.1; a new connector as in LLaVA's first stage)
+LEARNING_RATES = {"connector": 1e-3, 0: 1e-5, 1: 1e-4, 2: 1e-5}
 ROUTER_RECIPE = dict(batch_size=16, steps=1000, lr=3e-3, warmup=20, decay_start=0.5, questions=500, labels="task",
                      leave_out=(), label_smoothing=0.0)
 DEFAULTS = dict(keep=2, workers=0, micro_batch_size=4, max_bad=0.01, sample_every=0, dtype="float32", compile=False,
@@ -27,7 +27,7 @@ DEFAULTS = dict(keep=2, workers=0, micro_batch_size=4, max_bad=0.01, sample_ever
 def first_model(stage, source, args, out):
     """The model that a stage begins with. source: a checkpoint's name, or None."""
     miniature, seed = args.data == "toy", args.seed or 0
-    if stage == 0 and not source and miniature:
+    if stage == 0 and not source and miniature and not args.reduce:
         torch.manual_seed(seed)
         return init_weights(VLM(world.config()))
     source = checkpoint_path(source) if source else newest(out, range(stage))
@@ -58,17 +58,21 @@ def first_settings(stage, args, model, samples):
     """The settings of a stage that begins: its recipe, and what the command line gives."""
     given = given_settings(args)
     dtype, _ = choose_dtype("auto" if samples else "float32", model.device, math.inf)
+    joined = stage == 0 and model.config.stage == "pretrained"
     common = {**DEFAULTS, "seed": 0, "save_every": 200, "dtype": str(dtype)[6:], "threads": torch.get_num_threads(),
-              "joined": stage == 0 and model.config.stage == "pretrained"}
+              "joined": joined}
     if samples is None:
-        return {**common, **RECIPES[stage], "turns": 10, **given}
+        recipe = RECIPES[stage]
+        if stage == 0 and model.config.reduce:  # it goes on from a dense model, and there is one configuration
+            recipe = {**RECIPES[2], "largest_first": 0.0}
+        return {**common, **recipe, "turns": 10, **given}
     if stage == 3:
         return {**common, **ROUTER_RECIPE, "samples": len(samples), **given}
     size = given.get("batch_size", 128)
     steps = given.get("steps", -(-len(samples) // size))  # once through the file
     return {**common, "workers": 2, "sample_every": 100, "batch_size": size, "steps": steps,
-            "lr": LEARNING_RATES[stage], "decay_start": None, "warmup": -(-3 * steps // 100), "label_rule": "assistant",
-            "samples": len(samples), **given}
+            "lr": LEARNING_RATES["connector" if joined else stage], "decay_start": None,
+            "warmup": -(-3 * steps // 100), "label_rule": "assistant", "samples": len(samples), **given}
 
 
 def given_settings(args):

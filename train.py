@@ -34,7 +34,7 @@ from evaluation import all_results
 from families import read_config
 from flops import plan_name
 from llava.samples import Samples, eval_questions, reference_prompt
-from methods import add_flags, given, parse as parse_reduction
+from methods import add_flags, given, warn_untrained
 from model import VLM
 from parallel import Distributed, full_tensor, shard
 from stages import (DEFAULTS, DENSE, first_model, first_settings, given_plans, given_settings, go_on_with, load,
@@ -43,6 +43,8 @@ from toy import world
 from toy.muon import Muon
 from toy.training import RECIPES, matrices_of
 from weights import parts
+
+NOT_INSIDE = "nothing of it is learned; give it to sample.py, with --sa dense"
 
 # --- optimisers and schedule ------------------------------------------------------------------------------------------
 
@@ -66,9 +68,13 @@ def optimizers(model, lr, miniature=False):
 
 def lr_factor(step, steps, warmup, decay_start=None, restart=0):
     """The share of the learning rate at a step. Linear warm-up; then a cosine down to 0, or with decay_start constant
-    up to decay_start * steps and linear down to 2 %. From step `restart` on all of it once more, at two thirds."""
+    up to decay_start * steps and linear down to 2 %. From step `restart` on all of it begins anew, and again after each
+    half of as many steps, each time at two thirds of the rate."""
     if 0 < restart <= step:
-        return 2 / 3 * lr_factor(step - restart, steps - restart, warmup, decay_start)
+        again, begun = restart // 2 or 1, restart
+        times = (step - begun) // again
+        begun += times * again
+        return (2 / 3) ** (times + 1) * lr_factor(step - begun, min(again, steps - begun), warmup, decay_start)
     steps = min(steps, restart or steps)
     up = min(1.0, (step + 1) / max(warmup, 1))
     if decay_start is None:
@@ -197,11 +203,11 @@ def parse(argv=None):
     p.add_argument("--batch-size", type=int, metavar="N", help="samples a step: default 128, of the miniature 24 "
                    "images, in stage 3 64 questions")
     p.add_argument("--micro-batch-size", type=int, metavar="N", help="samples in memory at once (default: 4)")
-    p.add_argument("--lr", type=float, metavar="X", help="AdamW's learning rate (default: 1e-4 in stage 1, 1e-5 in "
-                   "stage 2); of the miniature, Muon's, and AdamW has a tenth of it")
+    p.add_argument("--lr", type=float, metavar="X", help="AdamW's learning rate (default: 1e-3 for a new connector, "
+                   "1e-4 in stage 1, else 1e-5); of the miniature, Muon's, and AdamW has a tenth of it")
     p.add_argument("--viable", action="append", metavar="LAYERS", help="what to train: none, 4,7, or ov:none over the "
                    "overview; may be given several times (default: the miniature's, or by the number of layers)")
-    add_flags(p, "what to learn with, fewer visual tokens; at stage 0 m3 and visionzip go on from a dense model")
+    add_flags(p, "what to learn with, fewer visual tokens; stage 0 goes on from a dense model")
     p.add_argument("--labels", choices=("task", "sample"), help="stage 3: what the router is to choose, per task as "
                    "the paper (default), or the oracle's choice per sample")
     p.add_argument("--leave-out", action="append", metavar="TASK", help="stage 3: a task, of a mixture the name of a "
@@ -236,14 +242,16 @@ def parse(argv=None):
                      "tokens are taught (default: 1)")
     toy.add_argument("--draw-from", type=int, metavar="N", help="stage 0: the step from which vision is refined in "
                      f"viable configurations, too (default: {RECIPES[0]['draw_from']})")
-    toy.add_argument("--restart", type=int, metavar="N", help="stage 0: the step from which the rate begins anew, at "
-                     f"two thirds; 0: never (default: {RECIPES[0]['restart']})")
+    toy.add_argument("--restart", type=int, metavar="N", help="stage 0: the step from which the rate begins anew, and "
+                     f"again every N / 2, at two thirds; 0: never (default: {RECIPES[0]['restart']})")
     toy.add_argument("--largest-first", type=float, metavar="F", help="stage 2: the share of the steps that comes "
                      "first and trains the largest and the smallest configuration alone (default: 0.375)")
     args = p.parse_args(argv)
-    given(p, args)
-    if args.reduce and parse_reduction(args.reduce).inside:
-        p.error(f"--reduce {args.reduce}: nothing of it is learned; give it to sample.py, with --sa dense")
+    given(p, args, NOT_INSIDE)
+    if args.reduce:
+        for name in ("auxiliary_weight", "draw_from", "restart"):
+            if getattr(args, name) is not None:
+                p.error(f"--{name.replace('_', '-')} is for the dense miniature from nothing: leave it or --reduce out")
     for name in SETTINGS:
         if (value := getattr(args, name, None)) is not None:
             try:
@@ -287,7 +295,8 @@ def main(argv=None):
         for stage in stages:
             source = args.model if stage == stages[0] else None
             # A stage that was not asked for has its recipe, whatever is given for the one that was
-            flags = parse(["--seed", str(args.seed or 0)]) if args.stage and stage < args.stage else args
+            own = ["--seed", str(args.seed or 0), *["--reduce", args.reduce or "none"] * (args.reduce is not None)]
+            flags = parse(own) if args.stage and stage < args.stage else args
             model, samples, settings = run_stage(stage, source, flags, out, distributed)
         if args.data == "toy":
             print_report(model, args, out)
@@ -314,7 +323,11 @@ def run_stage(stage, source, args, out, distributed):
                           s.get("max_tokens"), s.get("seed", 0))
     if not checkpoint:
         if args.reduce is not None:
+            if stage == 3:  # before that it is what is learned
+                warn_untrained(args.reduce, model.config.reduce, source or out)
             model.add_reduction(args.reduce)
+        if model.config.reduction.inside:
+            raise ValueError(f"{source}: --reduce {model.config.reduce}: {NOT_INSIDE}, and --reduce none here")
         settings = first_settings(stage, args, model, samples)
         if stage in (1, 2) and args.viable:
             c = model.config

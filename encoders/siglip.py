@@ -18,11 +18,9 @@ class SiglipAttention(nn.Module):
             setattr(self, name, nn.Linear(c.vision_hidden, c.vision_hidden))
 
     def forward(self, x):
-        return self.out_proj(attention(*self.project(x, self.q_proj, self.k_proj, self.v_proj)))
-
-    def project(self, x, *projections):
-        """x (tiles, N, c) -> (tiles, N, H, D) of each projection."""
-        return [f(x).unflatten(-1, (self.heads, -1)) for f in projections]
+        """x (tiles, N, c) -> the same, and its queries and keys (tiles, N, H, D)."""
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q, k, v)), q, k
 
 
 class SiglipMLP(nn.Module):
@@ -45,14 +43,11 @@ class SiglipBlock(nn.Module):
         self.layer_norm2 = nn.LayerNorm(c.vision_hidden, c.vision_eps)
         self.mlp = SiglipMLP(c)
 
-    def looks(self, x):
-        """Queries and keys of its attention, (tiles, N, H, D) each."""
-        attn = self.self_attn
-        return attn.project(self.layer_norm1(x), attn.q_proj, attn.k_proj)
-
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        """As SiglipAttention.forward."""
+        y, q, k = self.self_attn(self.layer_norm1(x))
+        x = x + y
+        return x + self.mlp(self.layer_norm2(x)), q, k
 
 
 class VisionTower(nn.Module):
@@ -71,7 +66,7 @@ class VisionTower(nn.Module):
         x = self.embeddings["patch_embedding"](x).flatten(2).transpose(1, 2)  # 384 // 14 = 27: the last pixels are cut
         x = x + self.embeddings["position_embedding"].weight
         for l, block in enumerate(self.encoder["layers"]):
+            x, *qk = block(x)
             if l in looks:
-                looks[l] = block.looks(x)  # projected twice, in a layer or two: about 1 % of the tower
-            x = block(x)
+                looks[l] = qk
         return x

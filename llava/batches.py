@@ -80,7 +80,8 @@ class ConversationBatches:
         bad = [(i, x) for i, x in items if isinstance(x, SampleError)]
         self.example = good[0][0] if good else None
         # Longest first: samples of about equal length share a micro-batch, so that little of it is padding
-        samples = [x._replace(prompt=data.seen(x.prompt, plan.pixels, self.model.config)) for _, x in good]
+        c = for_step(self.model.config, s["seed"], step)
+        samples = [x._replace(prompt=data.seen(x.prompt, plan.pixels, c)) for _, x in good]
         samples.sort(key=lambda x: -x.prompt.end)
         largest_share = -(-s["batch_size"] // self.distributed.size)  # all ranks run equally many micro-batches
         micro_batches = [self.collate(samples[i:i + s["micro_batch_size"]])

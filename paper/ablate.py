@@ -12,14 +12,13 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 import router
 import train
-from cli import Parser, choose_dtype, placement, run
+from cli import Parser, run
 from config import Plan
 from evaluation import all_results
 from model import VLM
+from paper.trials import add_flags, parse, save, stamp
 from toy import world
 from toy.training import RECIPES
 
@@ -34,7 +33,8 @@ RESULTS = Path(__file__).parent / "results" / "ablate.json"
 def experiment(name, seed, args):
     """Trains and evaluates one model; its row, also written to out/ablate/NAME-SEED-EXAM/row.json."""
     configurations, times, dense = RUNS[name]
-    out = Path(args.out) / f"{name.replace(', ', '-').replace(' ', '-').replace(',', '')}-{seed}-{args.exam}"
+    name_in_path = name.replace(", ", "-").replace(" ", "-").replace(",", "")
+    out = Path(args.out) / f"{stamp(train.DENSE)}-{name_in_path}-{seed}-{args.exam}"
     if not (out / "row.json").is_file():
         model = VLM.from_pretrained(train.DENSE if dense == "with" else args.control, device=args.device)
         model.add_cross_attention(world.CA, world.SA, configurations, ())
@@ -89,38 +89,22 @@ def tables(rows, dense):
 
 def main(argv=None):
     p = Parser(description="Ablations on the miniature (paper, Tables 3 and 4).")
-    p.add_argument("--out", default="out/ablate", metavar="DIR", help="where the runs go (default: out/ablate)")
-    p.add_argument("--only", action="append", metavar="NAME", help="a run, or several: "
-                   + "; ".join(RUNS))
-    p.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0, 1, 2)")
+    add_flags(p, "out/ablate", RUNS)
     p.add_argument("--control", metavar="DIR", help="for the control: a dense model from `python train.py --stage 0 "
                    "--auxiliary-weight 0`")
-    p.add_argument("--questions", type=int, default=1000, metavar="N", help="questions a task (default: 1000)")
-    p.add_argument("--threads", type=int, default=1, help="processor threads (default: 1; better run two processes)")
-    p.add_argument("--report", action="store_true", help="train nothing, show what is there")
-    p.add_placement("float32")
-    args = p.parse_args(argv)
-    args.device = placement(args.device)
-    args.dtype, _ = choose_dtype(args.dtype, args.device, 0)
-    args.exam = f"{args.questions}{'' if args.dtype == torch.float32 else f'-{args.dtype}'}"
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
+    args = parse(p, argv, RUNS)
     for name in args.only or RUNS:
-        if name not in RUNS:
-            p.error(f"--only {name!r}: give one of {'; '.join(RUNS)}")
-        for seed in args.seed or (0, 1, 2):
+        for seed in args.seeds:
             if not args.report and (RUNS[name][2] == "with" or args.control):
                 experiment(name, seed, args)
-    rows = [json.loads(file.read_text()) for file in sorted(Path(args.out).glob(f"*-{args.exam}/row.json"))]
+    kept = sorted(Path(args.out).glob(f"{stamp(train.DENSE)}-*-{args.exam}/row.json"))
+    if not kept:
+        raise ValueError(f"--report: {args.out} holds nothing about these weights; leave --report out")
+    rows = [json.loads(file.read_text()) for file in kept]
     dense = VLM.from_pretrained(train.DENSE, args.dtype, args.device)
     results = all_results(dense, world.eval_set(0, args.questions), [Plan(tuple(range(dense.config.layers)))])
     row = router.summarise(dense.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows[0]
-    had = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    if len(rows) >= len(had.get("runs", [])) and args.questions >= had.get("questions", 0):
-        RESULTS.write_text(json.dumps({"command": "python -m paper.ablate", "questions": args.questions,
-                                       "dtype": str(args.dtype), "dense": row, "runs": rows}, indent=1) + "\n")
-    else:
-        print(f"{RESULTS} has more runs, or larger ones, and stays as it is", file=sys.stderr)
+    save(RESULTS, args, command="python -m paper.ablate", dense=row, runs=rows)
     print(tables(rows, row))
 
 

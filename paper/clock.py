@@ -57,13 +57,13 @@ def reductions(tiles, dtype, batches, rounds):
         for i in range(rounds + 1):  # the first warms up; on a CPU there is little to warm
             for label, (reduce, sa) in REDUCED.items() if i or device() == "cuda" else ():
                 model.config.reduce = reduce
-                prompts, stages, timings = ours.prompts(tiles, batch)[0], [], {}
-                took = seconds(lambda: model.generate(prompts, sa, max_tokens=1, timings=timings, stages=stages))
+                prompts, tokens, timings = ours.prompts(tiles, batch)[0], [], {}
+                took = seconds(lambda: model.generate(prompts, sa, max_tokens=1, timings=timings, layer_tokens=tokens))
                 times[label] += [(took, timings["encoder"], timings["prefill"], timings.get("select", 0.0))] * (i > 0)
                 print(f"batch {batch}, round {i}, {label}: {took:.2f} s", file=sys.stderr)
                 if i == rounds:
                     c, vision = model.config, len(prompts[0].v_pos)
-                    llm = prompt_flops(c, sa, TEXT, stages[0] or vision)
+                    llm = prompt_flops(c, sa, TEXT, tokens[0] or vision)
                     dense_flop = dense_flop or llm
                     first, encoder, prefill, select = (statistics.median(x) for x in zip(*times[label]))
                     rows.append({

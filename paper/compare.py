@@ -11,20 +11,18 @@ first token. A quilt has 51 visual tokens, and a cell is one patch: what suits p
 import json
 import statistics
 import sys
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 import data
 import train
-from cli import NANO, Parser, choose_dtype, placement, run
+from cli import NANO, Parser, run
 from config import Plan
 from evaluation import accuracy, all_results
 from flops import by_layer, connector_flops, prompt_flops, sa_name, tower_flops
 from model import VLM
 from paper.routing import cell
+from paper.trials import add_flags, parse, save, stamp
 from report import pyplot
 from toy import world
 from toy.training import RECIPES
@@ -65,8 +63,7 @@ TABLE_7 = (TABLE_1[6], Row("VisPruner, trained", "VisPruner, trained", "visprune
 def trained(label, seed, args):
     """The VLM of one of TRAINED, trained unless it is there."""
     stages, reduce = TRAINED[label]
-    weights = zlib.crc32((train.DENSE / "model.safetensors").read_bytes())
-    out = Path(args.out) / f"{weights:08x}-{label.replace(', ', '-')}-{seed}"
+    out = Path(args.out) / f"{stamp(train.DENSE)}-{label.replace(', ', '-')}-{STEPS}-{seed}"
     last = out / f"stage{stages[-1]}-{STEPS:06d}"
     if not last.is_dir():
         model = VLM.from_pretrained(train.DENSE, device=args.device).add_reduction(reduce)
@@ -88,12 +85,12 @@ def measured(model, plan, n=60):
         for _, question, _ in asked[:4]:
             prompt = data.encode(data.chatml([data.place_images(question, 1)]), model.tokenizer,
                                  [data.process_image(image, c)])
-            stages, timings = [], {}
-            model.generate([prompt], plan.sa, plan.pixels, timings=timings, stages=stages, max_tokens=1)
+            tokens, timings = [], {}
+            model.generate([prompt], plan.sa, plan.pixels, timings=timings, layer_tokens=tokens, max_tokens=1)
             tiles, text, whole = prompt.images[0].tiling.tiles, len(prompt.ids), data.tiling(*image.size, c.unreduced())
             encoder, plain = ([tower_flops(x, tiles) + connector_flops(x, tiles)] for x in (c, c.unreduced()))
-            spent.append((prompt_flops(c, plan.sa, text, stages[0] or len(prompt.v_pos)), *encoder,
-                          layer_tokens(c, stages[0] or len(prompt.v_pos)), timings.get("select", 0.0)))
+            spent.append((prompt_flops(c, plan.sa, text, tokens[0] or len(prompt.v_pos)), *encoder,
+                          tokens_per_layer(c, tokens[0] or len(prompt.v_pos)), timings.get("select", 0.0)))
             dense.append((prompt_flops(c.unreduced(), DENSE.sa, text, whole.tokens), *plain, whole.tokens))
     llm, encoder, tokens, select = (sum(x) for x in zip(*spent))
     dense_llm, dense_encoder, dense_tokens = (sum(x) for x in zip(*dense))
@@ -101,23 +98,23 @@ def measured(model, plan, n=60):
             "nominal": dense_tokens / tokens, "select_ms": 1000 * select / len(spent)}
 
 
-def layer_tokens(c, stages):
+def tokens_per_layer(c, vision):
     """Visual tokens that go into a layer, in the mean; where a reduction drops none inside, those of the prompt."""
-    return sum(len(layers) * sum(counts) for layers, counts in by_layer(c, stages)) / c.layers
+    return sum(len(layers) * sum(counts) for layers, counts in by_layer(c, vision)) / c.layers
 
 
 def experiment(row, seed, args):
     """[a dict for each plan of a row], kept in out/ for these weights; with --report [] where it is not there."""
-    weights = zlib.crc32((NANO / "model.safetensors").read_bytes())
-    exam = f"{args.questions}{'' if args.dtype == torch.float32 else f'-{args.dtype}'}"
-    file = Path(args.out) / f"{weights:08x}-{row.label}-{seed}-{exam}.json".replace(" ", "-").replace(",", "")
+    source = NANO if row.model == "visor" else train.DENSE
+    name = f"{stamp(source)}-{row.label}-{row.reduce}-{STEPS}-{seed}-{args.exam}.json"
+    file = Path(args.out) / name.replace(" ", "").replace(",", "-").replace(":", "-")
     if not file.is_file():
         if args.report:
             return []
         if row.model in TRAINED:
             model = trained(row.model, seed, args)
         else:
-            model = VLM.from_pretrained(train.DENSE if row.model == "dense" else NANO, args.dtype, args.device)
+            model = VLM.from_pretrained(source, args.dtype, args.device)
         model.add_reduction(row.reduce)
         results = all_results(model, world.eval_set(seed, args.questions), row.plans)
         found = []
@@ -180,40 +177,26 @@ def draw(path, found):
 
 def main(argv=None):
     p = Parser(description="VISOR and the reductions of visual tokens, on the miniature (paper, Tables 1, 2, 7).")
-    p.add_argument("--out", default="out/compare", metavar="DIR", help="where the runs go (default: out/compare)")
-    p.add_argument("--only", action="append", metavar="NAME", help=f"a training, or several: {'; '.join(TRAINED)}")
-    p.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0, 1, 2)")
-    p.add_argument("--questions", type=int, default=1000, metavar="N", help="questions a task (default: 1000)")
-    p.add_argument("--threads", type=int, default=1, help="processor threads (default: 1; better run two processes)")
-    p.add_argument("--report", action="store_true", help="train nothing, show what is there")
-    p.add_placement("float32")
-    args = p.parse_args(argv)
-    args.device = placement(args.device)
-    args.dtype, _ = choose_dtype(args.dtype, args.device, 0)
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    for name in args.only or ():
-        if name not in TRAINED:
-            p.error(f"--only {name!r}: give one of {'; '.join(TRAINED)}")
-    seeds = args.seed or (0, 1, 2)
+    add_flags(p, "out/compare", TRAINED)
+    args = parse(p, argv, TRAINED)
     if not args.report:
         for name in args.only or TRAINED:
-            for seed in seeds:
+            for seed in args.seeds:
                 trained(name, seed, args)
     if args.only:
         return
     rows = dict.fromkeys((*TABLE_1, *TABLE_2, *TABLE_7))
-    found = [x for row in rows for seed in seeds for x in experiment(row, seed, args)]
+    found = [x for row in rows for seed in args.seeds for x in experiment(row, seed, args)]
+    if not found:
+        raise ValueError(f"--report: {args.out} holds nothing about these weights; leave --report out")
     for title, own in (("Table 1", TABLE_1), ("Table 2", TABLE_2), ("Table 7", TABLE_7)):
         print(f"{title}\n\n{table(own, found)}\n")
     print(by_task((*TABLE_1, TABLE_7[1]), found))
-    RESULTS.write_text(json.dumps({"command": "python -m paper.compare", "seeds": list(seeds), "steps": STEPS,
-                                   "questions": args.questions, "dtype": str(args.dtype), "rows": found},
-                                  indent=1) + "\n")
-    try:
-        draw(PICTURE, found)
-    except ImportError:
-        print(f"no {PICTURE}: drawing needs matplotlib (pip install matplotlib)", file=sys.stderr)
+    if save(RESULTS, args, command="python -m paper.compare", steps=STEPS, rows=found):
+        try:
+            draw(PICTURE, found)
+        except ImportError:
+            print(f"no {PICTURE}: drawing needs matplotlib (pip install matplotlib)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def ask_many(model, shown, configurations):
     tree = model.prefill([encode(split_shared(texts[0])[0], model.tokenizer, images)], configurations)
     for i, text in enumerate(texts):
         question = encode(split_shared(text)[1], model.tokenizer, start=tree.end)
-        model.extend(tree, collate([question]))
+        tree.extend([question])
         for sa in configurations:
             labels.append(f"{sa_name(model.config, sa)}, question {i + 1}")
             got.append(model.head(model.language_model.norm(tree.run(sa)[0]))[0])
@@ -65,13 +65,12 @@ def decoding(model, shown, configurations, step=None):
     same answer anew, without a cache. step: in place of VLM.decode_step."""
     got, whole, prompt = [], [], shown[0].prompt
     for sa in configurations:
-        tree = model.new_tree(sa, 1, len(prompt.ids) + TOKENS, len(prompt.v_pos))
-        model.extend(tree, collate([prompt]))
+        tree = model.prefill([prompt], sa, TOKENS)
         t, cache = tree.run(sa)
         logits = [model.head(model.language_model.norm(t[:, -1]))]            # (1, vocab) each
-        steps = Steps(model, tree.stages, sa, cache, TOKENS)
+        steps = Steps(model, tree.runs, sa, cache, TOKENS)
         if step:
-            steps.step = lambda tokens: step(tokens, steps.stages, sa, cache)
+            steps.step = lambda tokens: step(tokens, steps.runs, sa, cache)
         while steps.left > 1:
             logits.append(steps(logits[-1].argmax(-1)).clone())
         got.append(torch.cat(logits))                                         # (steps, vocab)

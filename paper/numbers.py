@@ -8,7 +8,7 @@ tokens, against dense over 729 tokens a tile. "nominal" is the ratio of visual t
 from dataclasses import replace
 
 from config import preset
-from flops import by_layer, cross_parameters, expected_stages, llm_flops, llm_parameters, prompt_flops
+from flops import by_layer, cross_parameters, expected_tokens, llm_flops, llm_parameters, prompt_flops
 
 CONFIG = preset("llava-ov-0.5b")
 DENSE, FULL = tuple(range(24)), CONFIG.viable[-1]
@@ -24,9 +24,9 @@ def saving(sa=DENSE, tokens=729, tiles=TILES):
 def reduced(reduce, sa=DENSE):
     """(saving, nominal) of a reduction: operations, and visual tokens over all layers, of dense over its own."""
     c = replace(CONFIG, reduce=reduce)
-    stages = expected_stages(c, TEXT, [c.reduction.tokens(c.patches, TILES)])
-    tokens = sum(len(layers) * sum(counts) for layers, counts in by_layer(c, stages))
-    return (llm_flops(CONFIG, DENSE, TEXT, TILES * 729, paper=True) / prompt_flops(c, sa, TEXT, stages, paper=True),
+    vision = expected_tokens(c, TEXT, [c.reduction.tokens(c.patches, TILES)])
+    tokens = sum(len(layers) * sum(counts) for layers, counts in by_layer(c, vision))
+    return (llm_flops(CONFIG, DENSE, TEXT, TILES * 729, paper=True) / prompt_flops(c, sa, TEXT, vision, paper=True),
             24 * TILES * 729 / tokens)
 
 

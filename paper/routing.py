@@ -8,29 +8,27 @@ and three that do not learn from three of the tasks. Writes paper/results/routin
 import json
 import shutil
 import statistics
-import zlib
 from pathlib import Path
 
 import torch
 
 import router
 import train
-from cli import NANO, Parser, choose_dtype, placement, run
+from cli import NANO, Parser, run
 from evaluation import all_results
 from model import VLM
+from paper.trials import add_flags, parse, save, stamp
 from router import conservative_threshold
 from toy import world
 from toy.training import RECIPES
 
-ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "routing.json"
 LEFT_OUT = ("colour", "value", "updated row")  # as GQA, DocVQA and one more in the paper
 
 
 def experiment(seed, left_out, args):
     """The rows of a report about a router trained with this seed, kept in rows.json for these weights."""
-    weights = zlib.crc32((NANO / "model.safetensors").read_bytes())
-    exam = f"{args.questions}{'-left-out' if left_out else ''}{'' if args.dtype == torch.float32 else f'-{args.dtype}'}"
-    out = Path(args.out) / f"{weights:08x}-seed-{seed}-{exam}"
+    out = Path(args.out) / f"{stamp(NANO)}-seed-{seed}-{args.exam}{'-left-out' if left_out else ''}"
     if (out / "rows.json").is_file():
         return json.loads((out / "rows.json").read_text())
     shutil.rmtree(out, ignore_errors=True)
@@ -92,22 +90,11 @@ def tables(results):
 
 def main(argv=None):
     p = Parser(description="Routers on the miniature, three seeds, with all tasks and with three left out.")
-    p.add_argument("--out", default="out/routing", metavar="DIR", help="where the runs go (default: out/routing)")
-    p.add_argument("--questions", type=int, default=1000, metavar="N", help="questions a task (default: 1000)")
-    p.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0, 1, 2)")
-    p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
-    p.add_placement("float32")
-    args = p.parse_args(argv)
-    args.device = placement(args.device)
-    args.dtype, _ = choose_dtype(args.dtype, args.device, 0)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    results = {label: [experiment(seed, left_out, args) for seed in args.seed or (0, 1, 2)]
+    add_flags(p, "out/routing")
+    args = parse(p, argv)
+    results = {label: [experiment(seed, left_out, args) for seed in args.seeds]
                for label, left_out in (("all tasks", ()), ("three left out", LEFT_OUT))}
-    (ROOT / "paper" / "results" / "routing.json").write_text(json.dumps(
-        {"command": "python -m paper.routing", "seeds": args.seed or [0, 1, 2], "questions": args.questions,
-         "dtype": str(args.dtype), "left_out": LEFT_OUT, "results": results}, indent=1) + "\n")
+    save(RESULTS, args, command="python -m paper.routing", left_out=LEFT_OUT, results=results)
     print(tables(results))
 
 

@@ -61,7 +61,7 @@ def slow_hired(scores, tiling, c):
     grid = raster(tiling, n)
     seen = [[tile == 0 or (tile, patch) in grid for patch in range(n * n)] for tile in range(tiling.tiles)]
     seen = torch.tensor(seen)
-    budget = max(1, min(int(c.reduction.ratio * tiling.tiles * n * n), int(seen.sum())))
+    budget = max(1, min(int(c.reduction.share * tiling.tiles * n * n), int(seen.sum())))
     keep = hired(scores[0, 0], scores[:, 1], tiling.grid, seen, budget)
     assert keep.sum() == budget
     return [(tile, patch) for tile, patch in [(0, i) for i in range(n * n)] + grid if keep[tile, patch]]

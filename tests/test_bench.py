@@ -8,7 +8,7 @@ import torch
 
 import methods
 from flops import cache_bytes, llm_flops
-from paper import bench, clock, compare
+from paper import bench, clock, compare, trials
 from tests import tiny
 
 
@@ -65,7 +65,7 @@ def test_every_reduction_is_timed_beside_dense(monkeypatch, capsys):
     out = capsys.readouterr().out
     rows = [line.split("|") for line in out.splitlines() if line.startswith("| ") and "LLM" not in line]
     assert [row[1].strip() for row in rows] == list(clock.REDUCED) and "Batch 2:" in out
-    assert {x.partition(":")[0] for x, _ in clock.REDUCED.values()} == {"", *methods.METHODS}
+    assert {x.partition(":")[0] for x, _ in clock.REDUCED.values()} == {"", *methods.FORMS}
     saved = {row[1].strip(): float(row[2].split("x")[0]) for row in rows}
     assert saved["dense"] == 1 and all(x > 1 for name, x in saved.items() if name != "dense")
     assert saved["VISOR, 2 layers, VisionZip"] > saved["VisionZip"]
@@ -75,7 +75,8 @@ def test_every_reduction_is_timed_beside_dense(monkeypatch, capsys):
 def test_a_comparison_says_what_ran(tmp_path, monkeypatch):
     """One training of three steps; each row's accuracy is evaluation's, its saving what flops.py counts."""
     monkeypatch.setattr(compare, "STEPS", 3)
-    args = SimpleNamespace(out=str(tmp_path), questions=2, dtype=torch.float32, device="cpu", report=False)
+    args = SimpleNamespace(out=str(tmp_path), questions=2, dtype=torch.float32, device="cpu", report=False,
+                           exam="2")
     rows = compare.TABLE_1[0], compare.TABLE_1[6], compare.TABLE_1[8], compare.TABLE_1[11]
     assert [row.label for row in rows] == ["dense", "M3, 3 x 3 to 2 x 2", "PyramidDrop, easy", "VISOR"]
     found = [x for row in rows for x in compare.experiment(row, 0, args)]
@@ -141,3 +142,30 @@ def test_without_transformers_its_row_is_left_out(monkeypatch, capsys):
     config = tiny.config(layers=24, tile=384, patch=96, tied=True)
     rows = bench.bench(config, ("transformers", "dense", "2"), [1], [1], rounds=1, whole=False)["rows"]
     assert [r["system"] for r in rows] == ["dense", "2"] and "pip install transformers" in capsys.readouterr().err
+
+
+# --- what experiments have in common ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, message", [
+    (["--threads", "0"], "--threads from 1"), (["--questions", "0"], "at least 1"), (["--seed", "-1"], "at least 0"),
+    (["--only", "FastV"], "--only 'FastV'")])
+def test_bad_flags_of_an_experiment_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as status:
+        compare.main(words)
+    err = capsys.readouterr().err.splitlines()
+    assert status.value.code == 2 and len(err) == 1 and message in err[0]
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(ValueError, match="^--report: .* holds nothing"):
+        compare.main(["--report", "--out", str(tmp_path)])
+
+
+def test_larger_results_stay(tmp_path, capsys):
+    """Fewer questions, seeds or rows replace nothing; as many or more do."""
+    file, args = tmp_path / "x.json", SimpleNamespace(seeds=[0, 1], questions=5, dtype=torch.float32)
+    assert trials.save(file, args, rows=[1, 2]) and json.loads(file.read_text())["rows"] == [1, 2]
+    for less in ({"questions": 4}, {"seeds": [0]}, {}):
+        assert not trials.save(file, SimpleNamespace(**{**vars(args), **less}), rows=[3, 4] if less else [3])
+        assert json.loads(file.read_text())["rows"] == [1, 2] and "stays as it is" in capsys.readouterr().err
+    assert trials.save(file, args, rows=[3, 4]) and json.loads(file.read_text())["rows"] == [3, 4]

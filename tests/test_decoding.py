@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import decoding
-from data import chatml, collate, encode, process_image
+from data import chatml, encode, process_image
 from layers import Linear, RMSNorm, rotate
 from layout import rope_table
 from paper.systems import Kernels
@@ -24,13 +24,11 @@ def prompts_of(m, n=1):
 
 def begin(m, prompts, sa, steps):
     """(tokens, Steps) of a generation whose prompts have run."""
-    batch = collate(prompts)
-    tree = m.new_tree(sa, len(prompts), batch.ids.shape[1] + steps, batch.v_pos.shape[1])
-    m.extend(tree, batch)
+    tree = m.prefill(prompts, sa, steps)
     t, cache = tree.run(sa)
     last = [len(p.ids) - 1 for p in prompts]
     tokens = m.head(m.language_model.norm(t[range(len(prompts)), last])).argmax(-1)
-    return tokens, decoding.Steps(m, tree.stages, sa, cache, steps)
+    return tokens, decoding.Steps(m, tree.runs, sa, cache, steps)
 
 
 @pytest.mark.parametrize("sa, most", [((1, 4), 600), ((), 600), (tuple(range(24)), 560)])
@@ -59,7 +57,7 @@ def test_a_step_is_one_graph_wherever_it_stands(sa):
         tokens = steps(tokens).argmax(-1)
     tokens, steps = begin(m, prompts, sa, 12)
     steps.step = lambda tokens, step=torch.compile(m.decode_step, fullgraph=True, dynamic=False, backend="aot_eager"): (
-        step(tokens, steps.stages, sa, steps.cache))
+        step(tokens, steps.runs, sa, steps.cache))
     for n in range(12):
         assert tokens.tolist() == wanted[n]
         tokens = steps(tokens).argmax(-1)
@@ -73,7 +71,7 @@ def test_a_steps_tensors_stay_where_they_are():
     tokens, steps = begin(m, prompts_of(m), (1, 4), 20)
 
     def places():
-        layout = steps.stages[0][2]
+        layout = steps.runs[0][2]
         seen = [layout.number, *layout.slots, *layout.masks, layout.ropes]
         seen += [kv.kv for layer in steps.cache for kv in layer if kv.kv is not None]
         return [x.data_ptr() for x in seen]
@@ -119,7 +117,7 @@ def test_a_replayed_step_goes_on_as_an_eager_one(sa, monkeypatch):
         """As CUDA's, it leaves no trace of what runs meanwhile."""
         graphs.append(graph)
         steps = next(x for x in gc.get_objects() if isinstance(x, decoding.Steps) and x.graph is graph)
-        layout = steps.stages[0][2]
+        layout = steps.runs[0][2]
         changed = [layout.number, *layout.slots, *layout.masks]
         changed += [kv.kv for layer in steps.cache for kv in layer if kv.kv is not None]
         before = [x.clone() for x in changed]

@@ -49,25 +49,22 @@ def test_training_prefill_and_decoding_on_the_meta_device(sa):
     opt.step()
     assert loss.device.type == "meta" and m.language_model.layers[1].mlp.gate_up_proj.weight.grad is not None
     with torch.no_grad():
-        tree = m.new_tree([sa], 2, batch.ids.shape[1], batch.v_pos.shape[1])
-        m.extend(tree, batch)
+        tree = m.prefill(prompts, [sa], 0)
         t, cache = tree.run(sa)
         assert t.shape == (2, batch.ids.shape[1], 64)
         layout = [(0, 6, DecodeLayout(tree.past, np.array([p.end for p in prompts]), 9, m.config, m.device))]
         for _ in range(2):
             logits = m.decode_step(torch.zeros(2, dtype=torch.long, device="meta"), layout, sa, cache)
         assert logits.shape == (2, 259) and logits.device.type == "meta"
-        more = collate([encode("why?", tiny.tokenizer(), start=p.end) for p in prompts])
-        m.extend(tree, more)
+        tree.extend([encode("why?", tiny.tokenizer(), start=p.end) for p in prompts])
         assert tree.run(sa)[0].shape[1] == 4
 
 
 def test_routing_on_the_meta_device():
     m = meta_model()
-    _, batch, _ = conversations(m)
+    prompts, batch, _ = conversations(m)
     with torch.no_grad():
-        tree = m.new_tree("auto", 2, batch.ids.shape[1], batch.v_pos.shape[1])
-        m.extend(tree, batch)
+        tree = m.prefill(prompts, "auto", 0)
         assert m.route_scores(tree, batch.answer_starts).shape == (2, 2, 3)
         assert tree.select([1]).run((1,))[0].shape == (1, batch.ids.shape[1], 64)
 
@@ -116,6 +113,17 @@ def test_a_decode_step_reads_nothing_back_but_the_token(sa, monkeypatch):
     assert read[0] == alone and not dispatched[0]
 
 
+@pytest.mark.parametrize("reduce", ["pack:2", "downsample", "m3:2", "visionzip:4+3", "visionzip:4+3:mean",
+                                    "vispruner:5+2"])
+def test_a_reduction_reads_nothing_back(reduce, monkeypatch):
+    m = tiny.model().add_reduction(reduce)
+    _, batch, labels = conversations(m)
+    with monkeypatch.context() as patch, Reads() as mode:
+        reads = watch(patch)
+        m.answer_loss(m(batch, (1, 4)), labels, batch.t_pos).backward()
+    assert not reads and not mode.found
+
+
 @pytest.mark.parametrize("sa", CONFIGURATIONS)
 def test_a_training_step_reads_nothing_back(sa, monkeypatch):
     m = tiny.model()
@@ -136,7 +144,7 @@ def test_autocast_with_caches(sa):
         question = encode("what is this?", m.tokenizer, start=prefix.end)
         tree = Conversation(m, prefix, sa)
         cache = tree.tree("all")
-        m.extend(cache, collate([question]))
+        cache.extend([question])
         h = m.language_model.norm(cache.run(sa)[0])
         whole = m(collate([encode("a <image>what is this?", m.tokenizer, [image])]), sa)
         assert tree.answer(encode("so?", m.tokenizer, start=tree.end), max_tokens=4)

@@ -14,8 +14,7 @@ from conversation import Conversation
 from data import Prompt, chatml, collate, encode, join, process_image, split_shared, with_tokens
 from layers import rotate
 from layout import rope_table
-from methods import GRID, METHODS, parse
-from pruning import PrunedCache
+from methods import FORMS, GRID, parse
 from reduction import raters, recycle, sparsevlm
 from tests import tiny
 
@@ -393,7 +392,7 @@ def slow_pruned(m, prompt, answer):
         return torch.cat(streams)
 
     def pyramid(x, w, first):
-        n = max(1, int(first * r.stages[1][drops.index(l)]))
+        n = max(1, int(first * r.drop[1][drops.index(l)]))
         return sorted(sorted(range(len(x)), key=lambda k: -w.mean(0)[k])[:n]), x[:0]
 
     def sparse(x, w, first):
@@ -433,7 +432,9 @@ def test_weights_where_tokens_go_inside(text, reduce, n):
         assert ((look.weights[l] > 0) == (weights[l] > 0)).all()
     assert look.kept.tolist() == left and look.added == added and sum(left) < len(left)
     assert (added > 0) == (reduce in ("sparsevlm:0.5", "sparsevlm:2"))
-    kept = PrunedCache(m, [prompt], 0).kept[-1][0].tolist()  # as the answer was made
+    tree = m.prefill([prompt], DENSE, 0)
+    tree.run(DENSE)
+    kept = tree.kept(0)[-1].tolist()  # as the answer was made
     assert sorted(x for x in kept if x >= 0) == np.flatnonzero(look.kept).tolist() and kept.count(-1) == added
 
 
@@ -475,7 +476,7 @@ def test_a_single_patch_has_a_scale():
     assert 300 < peak < 1000 and np.unravel_index(drawn.argmax(), drawn.shape) == pytest.approx((55, 205), abs=5)
 
 
-@pytest.mark.parametrize("reduce", [*METHODS, "m3:4", "visionzip:3+2", "sparsevlm:1:drop"])
+@pytest.mark.parametrize("reduce", [*FORMS, "m3:4", "visionzip:3+2", "sparsevlm:1:drop"])
 def test_every_method_draws_its_page(reduce, tmp_path, capsys, monkeypatch):
     tiny.model(visor=False).save_pretrained(tmp_path / "m")
     notes, note = [], explain.kept_note

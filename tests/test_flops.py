@@ -122,9 +122,9 @@ def nbytes(tree):
 def test_bytes_are_those_allocated(m, sa):
     p = prompt_of(m)
     text, vision = len(p.ids), len(p.v_pos)
-    for tree, capacity in ((CacheTree(m.language_model, [sa], 1, (text + 9, vision)), text + 9),
-                           (m.new_tree(sa, 1, text + 9, vision), round_up(text + 9))):
-        m.extend(tree, collate([p]))
+    for tree, capacity in ((CacheTree(m, [sa], 1, (text + 9, vision)), text + 9),
+                           (m.new_tree(sa, [p], 9), round_up(text + 9))):
+        tree.extend([p])
         decoding.generate(m, tree, [p], sa, max_tokens=1)
         assert flops.cache_bytes(m.config, sa, capacity, vision, itemsize=4) == nbytes(tree)
     largest = []

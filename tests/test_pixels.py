@@ -689,10 +689,8 @@ def test_the_losses_are_the_cross_entropies_of_both_heads(divided):
 
 def tree_over(m, prompt):
     """A cache over the overview with this prompt in it, up to the pixel layer."""
-    batch = collate([data.overview(prompt, m.config)])
-    tree = m.new_tree("auto", 1, batch.ids.shape[1], batch.v_pos.shape[1], "overview")
-    m.extend(tree, batch)
-    return tree, batch.answer_starts
+    seen = data.overview(prompt, m.config)
+    return m.prefill([seen], "auto", 0, pixels="overview"), [seen.answer_starts]
 
 
 @pytest.mark.parametrize("changes", [{}, {"reduce": "pack:4"}], ids=str)

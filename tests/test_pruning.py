@@ -21,7 +21,6 @@ from conversation import Conversation
 from evaluation import all_results
 from layout import make_layout, rope_table
 from model import VLM
-from pruning import PrunedCache
 from reduction import best, raters, recycle, sparsevlm
 from tests import tiny
 from tests.test_flops import counted, halves, prompt_of
@@ -33,7 +32,7 @@ PYRAMID = ["pyramiddrop:2,4:.5,.25", "pyramiddrop:1,2,5:.9,.3,.001", "pyramiddro
 DROPPING = ["sparsevlm:2:drop", "sparsevlm:.3:drop", "sparsevlm:6:drop", "sparsevlm::drop"]
 RECYCLING = ["sparsevlm", "sparsevlm:2", "sparsevlm:6", "sparsevlm:1000"]
 INSIDE = [PYRAMID[0], DROPPING[0], RECYCLING[1]]
-# One for each of methods.METHODS, where a tile has 16 patches
+# One for each of methods.FORMS, where a tile has 16 patches
 BEFORE = ["pack:2", "downsample:4", "m3:2", "visionzip:4+3", "vispruner:5+2", "hired:.3"]
 PICTURES = {"one": [(70, 110)], "tall": [(20, 200)], "small": [(30, 30)], "two": [(50, 20), (20, 90)], "three": [
     (90, 20), (64, 64), (33, 70)]}
@@ -110,8 +109,8 @@ def chosen(r, k, weights, first, layers):
     return sparsevlm(weights, r.sparse_scale(first)).tolist()
 
 
-def slow_stages(m, p):
-    """What is dropped is gone, and what is left closes up: (logits of the text tokens (Nt, vocab), flops.Stages)."""
+def slow_layers(m, p):
+    """What is dropped is gone, and what is left closes up: (logits of the text tokens (Nt, vocab), LayerTokens)."""
     c, r = m.config, m.config.reduction
     x, image = sequence(m, p)
     looking, asked = who_looks(m, p, x, image)
@@ -139,8 +138,8 @@ def slow_stages(m, p):
             if decides == l:                                       # the layer runs on what is left
                 y = layer(block, y, attends(block, y, c))
         x = y
-    stages = flops.Stages(counts, len(looking), asked) if asked else flops.Stages(counts)
-    return m.head(norm(x[image < 0], m.language_model.norm)), stages
+    tokens = flops.LayerTokens(counts, len(looking), asked) if asked else flops.LayerTokens(counts)
+    return m.head(norm(x[image < 0], m.language_model.norm)), tokens
 
 
 def slow_masked(m, p):
@@ -165,7 +164,7 @@ def slow_masked(m, p):
 @torch.no_grad()
 def staged(m, prompts):
     """(logits of the text tokens of each prompt (Nt, vocab), the PrunedCache)."""
-    cache = PrunedCache(m, prompts, 9)
+    cache = m.prefill(prompts, tuple(range(m.config.layers)), 9)
     t, _ = cache.run(tuple(range(m.config.layers)))
     return [m.head(m.language_model.norm(x[:len(p.ids)])) for x, p in zip(t, prompts)], cache
 
@@ -184,8 +183,8 @@ def test_stages_against_the_description(reduce, pictures):
     m = model(reduce, seed)
     p = prompt(m, PICTURES[pictures], "what is " * seed + "it?", seed, ["a cat", "why?"] * (seed % 2))
     (ours,), cache = staged(m, [p])
-    wanted, stages = slow_stages(m, p)
-    assert differ(ours, wanted) < 1e-9 and cache.ran(0) == stages and [x[0] for x in cache.counts] == stages.counts
+    wanted, tokens = slow_layers(m, p)
+    assert differ(ours, wanted) < 1e-9 and cache.ran(0) == tokens and [x[0] for x in cache.counts] == tokens.counts
     if reduce not in RECYCLING:
         assert differ(ours, slow_masked(m, p)) < 1e-9
     plain = m.language_model(*m.embed(data.collate([p])), m.layout(data.collate([p])), DENSE)[0]
@@ -208,9 +207,9 @@ def test_without_a_token_above_the_mean_all_are_raters():
     behind = max(p.v_pos)
     m.language_model.embed_tokens.weight[[i for i, at in zip(p.ids, p.t_pos) if at > behind]] = 0.25
     (ours,), cache = staged(m, [p])
-    wanted, stages = slow_stages(m, p)
-    assert stages.raters == stages.asked == p.answer_starts[-1] - behind - 1 > 9
-    assert cache.ran(0) == stages and differ(ours, wanted) < 1e-9
+    wanted, tokens = slow_layers(m, p)
+    assert tokens.raters == tokens.asked == p.answer_starts[-1] - behind - 1 > 9
+    assert cache.ran(0) == tokens and differ(ours, wanted) < 1e-9
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
@@ -230,18 +229,18 @@ def test_decoding_is_the_forward_without_a_cache(reduce, seen):
     """Token by token: the answer so far stands behind the prompt, and the same is dropped."""
     m = model(reduce)
     prompts = [prompt(m, [(70, 110)]), prompt(m, [(50, 20), (30, 30)], "which of them?", 3)]
-    answers = m.generate(prompts, DENSE, max_tokens=6, stages=(stages := []))
+    answers = m.generate(prompts, DENSE, max_tokens=6, layer_tokens=(tokens := []))
     assert len(seen) == 6
     for i, (p, answer) in enumerate(zip(prompts, answers)):
         for k, token in enumerate(answer):
             so_far = p._replace(ids=p.ids + answer[:k], t_pos=p.t_pos + [p.end + j for j in range(k)])
-            wanted, ran = slow_stages(m, so_far)
-            assert differ(seen[k][i], wanted[-1]) < 1e-9 and wanted[-1].argmax() == token and ran == stages[i]
+            wanted, ran = slow_layers(m, so_far)
+            assert differ(seen[k][i], wanted[-1]) < 1e-9 and wanted[-1].argmax() == token and ran == tokens[i]
 
 
 # --- every method -----------------------------------------------------------------------------------------------------
 
-assert {x.partition(":")[0] for x in BEFORE + INSIDE} == set(methods.METHODS)
+assert {x.partition(":")[0] for x in BEFORE + INSIDE} == set(methods.FORMS)
 
 
 def texts(m, prompts, sa):
@@ -297,24 +296,24 @@ def test_operations_inside(reduce, sizes):
     m = tiny.model(visor=False, layers=12).add_reduction(reduce)
     c, p, sa, lm = m.config, prompt_of(m, sizes), tuple(range(12)), m.language_model
     run = []
-    total = counted(lambda: m.head(lm.norm(run.append(PrunedCache(m, [p], 9)) or run[0].run(sa)[0])[:, -1]))
-    stages = run[0].ran(0)
-    for layers, counts in flops.by_layer(c, stages):
+    total = counted(lambda: m.head(lm.norm(run.append(m.prefill([p], sa, 9)) or run[0].run(sa)[0])[:, -1]))
+    ran = run[0].ran(0)
+    for layers, counts in flops.by_layer(c, ran):
         own = len(layers) + (layers[-1] < 11 and len(sizes) > 0)  # `halves` leaves the last one out that reads vision
         total -= halves(replace(c.unreduced(), layers=own), tuple(range(own)), len(p.ids), sum(counts))
     tiles = sum(x.tiling.tiles for x in p.images)
     total -= flops.tower_flops(c, tiles) + flops.connector_flops(c, tiles)
     recycles = c.reduction.method == "sparsevlm" and not c.reduction.option
-    assert flops.prompt_flops(c, sa, len(p.ids), stages) == pytest.approx(total, rel=0.001 * recycles, abs=0)
+    assert flops.prompt_flops(c, sa, len(p.ids), ran) == pytest.approx(total, rel=0.001 * recycles, abs=0)
 
     def step():
         t = lm.embed_tokens(torch.tensor([[65]]))
-        for start, stop, past in run[0].stages:
+        for start, stop, past in run[0].runs:
             none = np.zeros((1, 0), np.int64)
             layout = make_layout((past.text + past.vision)[:, None], none, none, past, c, m.device)
             t, _ = lm.run(t, t[:, :0], layout, sa, start, stop, run[0].run(sa)[1])
         return m.head(lm.norm(t)[:, -1])
-    assert flops.token_flops(c, sa, len(p.ids), stages) == counted(step)
+    assert flops.token_flops(c, sa, len(p.ids), ran) == counted(step)
 
 
 @pytest.mark.parametrize("reduce", PYRAMID)
@@ -322,23 +321,36 @@ def test_operations_inside(reduce, sizes):
 def test_pyramiddrops_counts_are_known_before(reduce):
     m = tiny.model(visor=False).add_reduction(reduce)
     prompts = [prompt_of(m, sizes) for sizes in PICTURES.values()]
-    cache = PrunedCache(m, prompts, 0)
+    cache = m.prefill(prompts, DENSE, 0)
+    cache.run(DENSE)
     for i, p in enumerate(prompts):
-        assert cache.ran(i) == flops.expected_stages(m.config, len(p.ids), [x.tiling.tokens for x in p.images])
-        assert [sum(x) for x in cache.ran(i).counts] == [int(past.vision[i]) for *_, past in cache.stages]
-    assert [(a, b) for a, b, _ in cache.stages] == list(pairwise([0, *m.config.reduction.drops(6), 6]))
+        assert cache.ran(i) == flops.expected_tokens(m.config, len(p.ids), [x.tiling.tokens for x in p.images])
+        assert [sum(x) for x in cache.ran(i).counts] == [int(past.vision[i]) for *_, past in cache.runs]
+    assert [(a, b) for a, b, _ in cache.runs] == list(pairwise([0, *m.config.reduction.drops(6), 6]))
 
 
 # --- evaluation, and several questions -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("reduce", ["pyramiddrop:3,6:.7,.5", "sparsevlm:6:drop", "sparsevlm:8"])
 @torch.no_grad()
-def test_evaluate_counts_the_answers_that_are_given(reduce):
-    """By the miniature, which answers; its losses are those of the description."""
-    m = VLM.from_pretrained(NANO).double().add_reduction(reduce)
-    sa, eval_set = tuple(range(12)), [(image, rows[::4]) for image, rows in world.eval_set(5, 1)]
-    for pixels in ("all", "overview"):
-        results = all_results(m, eval_set, [Plan(sa, pixels)], progress=False)
+def test_evaluate_counts_the_answers_that_are_given(reduce, monkeypatch):
+    """By the miniature, which answers; its losses are those of the description. On quilts where every rank is clear: a
+    singular value at the threshold is noise, and which side it falls on another rounding decides."""
+    m, margins = VLM.from_pretrained(NANO).double().add_reduction(reduce), []
+
+    def watched(weights, scale):
+        values = torch.linalg.svdvals(weights.float())
+        margins.append((values / values[0] / max(weights.shape) / torch.finfo(torch.float32).eps).log().abs().min())
+        return sparsevlm(weights, scale)
+    monkeypatch.setattr("pruning.sparsevlm", watched)
+    sa, both = tuple(range(12)), ("all", "overview")
+    for seed in range(5, 25):
+        eval_set, _ = [(image, rows[::4]) for image, rows in world.eval_set(seed, 1)], margins.clear()
+        found = {pixels: all_results(m, eval_set, [Plan(sa, pixels)], progress=False) for pixels in both}
+        if min(margins, default=9) > 1:
+            break
+    assert min(margins, default=9) > 1
+    for pixels, results in found.items():
         assert len(results) == sum(len(rows) for _, rows in eval_set)
         for r in results:
             images = [data.process_image(eval_set[r["image"]][0], m.config)]
@@ -347,7 +359,7 @@ def test_evaluate_counts_the_answers_that_are_given(reduce):
                         for x in (text, text + r["answer"] + "<|im_end|>"))
             given, = m.generate([p], sa, pixels=pixels, max_tokens=9)
             assert r["correct"] == [int(m.tokenizer.decode(given) == r["answer"])]
-            logits, target = slow_stages(m, whole)[0][len(p.ids) - 1:-1], torch.tensor(whole.ids[len(p.ids):])
+            logits, target = slow_layers(m, whole)[0][len(p.ids) - 1:-1], torch.tensor(whole.ids[len(p.ids):])
             assert r["loss"] == [pytest.approx(F.cross_entropy(logits, target, reduction="sum").item(), abs=1e-4)]
         assert 0 < sum(r["correct"][0] for r in results) < len(results)
 
@@ -360,14 +372,54 @@ def test_ask_many_gives_the_whole_prompts_answer(reduce, pixels, seen):
     shared, rest = zip(*(data.split_shared(data.chatml(["<image>\n" + q])) for q in ("what is it?", "where, and why?")))
     talk = Conversation(m, data.encode(shared[0], m.tokenizer, image), DENSE, pixels)
     for question in (*rest, rest[0]):
-        routes, stages, wanted = [], [], []
+        routes, ran, wanted = [], [], []
         asked = data.encode(question, m.tokenizer, start=talk.end)
-        answer = talk.answer(asked, routes=routes, stages=stages, max_tokens=6)
+        answer = talk.answer(asked, routes=routes, layer_tokens=ran, max_tokens=6)
         whole = data.encode(shared[0] + question, m.tokenizer, image)
-        assert [answer] == m.generate([whole], DENSE, pixels, max_tokens=6, stages=wanted)
-        assert routes == [Plan(DENSE, pixels)] and stages == wanted and len(answer) == 6
+        assert [answer] == m.generate([whole], DENSE, pixels, max_tokens=6, layer_tokens=wanted)
+        assert routes == [Plan(DENSE, pixels)] and ran == wanted and len(answer) == 6
     with pytest.raises(ValueError, match="^--reduce " + re.escape(reduce)):
         talk.answer(asked, keep=True)
+
+
+@pytest.mark.parametrize("reduce", INSIDE)
+@torch.no_grad()
+def test_segments_of_unequal_length_and_with_images_are_one_prompt(reduce):
+    """What came in before each question differs between samples; the questions bring images of their own, and one is
+    taken back and asked again."""
+    m = model(reduce)
+    images = [data.process_image(tiny.image(30 + 9 * i, 50, i), m.config, False) for i in range(3)]
+    texts = ["x<image>", "a longer <image>"], ["and <image>?", "why?"], ["this?", "or <image> this?"]
+    rows, whole = [[], []], []
+    for k, own in enumerate(texts):
+        for b, text in enumerate(own):
+            seen = images[k:k + 1] if "<image>" in text else []
+            rows[b].append(data.encode(text, m.tokenizer, seen, start=rows[b][-1].end if rows[b] else 0))
+    tree = m.prefill([row[0] for row in rows], DENSE, 9)
+    for k in (1, 2, 2):
+        tree.truncate(k)
+        tree.extend([row[k] for row in rows])
+        t, _ = tree.run(DENSE)
+        for b, row in enumerate(rows):
+            whole = row[0]
+            for p in row[1:k + 1]:
+                whole = data.join(whole, p)
+            (alone,), cache = staged(m, [whole])
+            n = len(row[k].ids)
+            ours = m.head(m.language_model.norm(t[b, :n]))
+            assert differ(ours, alone[-n:]) < 1e-9 and tree.ran(b) == cache.ran(0) and tree.end == rows[0][k].end
+            assert [x.tolist() for x in tree.kept(b)] == [x.tolist() for x in cache.kept(0)]
+
+
+@pytest.mark.parametrize("reduce", INSIDE)
+def test_a_question_may_bring_an_image(reduce, seen):
+    m = tiny.model(visor=False).add_reduction(reduce)
+    first, second = (data.process_image(tiny.image(30, 40, i), m.config, False) for i in range(2))
+    talk = Conversation(m, data.encode("a <image>", m.tokenizer, [first]), DENSE)
+    asked = data.encode(" and <image>\n" + data.ANSWER, m.tokenizer, [second], start=talk.end)
+    answer = talk.answer(asked, max_tokens=4)
+    whole = data.encode("a <image> and <image>\n" + data.ANSWER, m.tokenizer, [first, second])
+    assert [answer] == m.generate([whole], DENSE, max_tokens=4)
 
 
 @pytest.mark.parametrize("reduce", INSIDE)

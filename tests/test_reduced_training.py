@@ -10,7 +10,7 @@ import methods
 import router
 import sample
 import train
-from config import Config
+from config import Config, Plan
 from llava.batches import ConversationBatches
 from llava.samples import Samples
 from model import VLM
@@ -92,6 +92,53 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(reduce, files, tmp
     assert [x["loss"] for x in log(tmp_path / "once")] == [x["loss"] for x in log(tmp_path / "twice")]
 
 
+def test_over_the_overview_a_step_of_a_file_has_the_drawn_scale(files, tmp_path, monkeypatch):
+    """As many tokens as the smaller grid of the base tile has, and a newline."""
+    m = VLM.from_pretrained(files / "dense").add_reduction("m3").add_cross_attention(None, None, [(), (1,)], [()])
+    settings = {**train.DEFAULTS, "batch_size": 4, "seed": 2, "steps": 9}
+    samples, seen, drawn = Samples(files / "data.json", None, m.tokenizer, m.config), [], set()
+    batches = ConversationBatches(m, 2, samples, settings, tmp_path, Distributed("cpu"))
+    monkeypatch.setattr(batches, "loss_module", lambda batch, *_: seen.append(batch) or torch.zeros(()))
+    for step, items in enumerate(islice(batches.batches(0), 5)):
+        list(batches.losses(items, Plan((), "overview"), step))
+        side = methods.for_step(m.config, 2, step).side
+        counts = {(batch.v_img[b] == 0).sum() for batch in seen for b, x in enumerate(batch.images) if len(x) == 1}
+        assert counts <= {side ** 2 + 1}
+        drawn |= {side} if counts else set()
+        seen.clear()
+    assert len(drawn) > 1
+
+
+@pytest.mark.parametrize("reduce", ["none", "m3", "visionzip"])
+def test_a_trained_model_goes_on_gently_at_stage_0(reduce, files, tmp_path):
+    words = arguments(files, tmp_path, "--steps", 1, "--reduce", reduce, stage=0, model="dense")
+    at = words.index("--lr")
+    assert call(*words[:at], *words[at + 2:]) == 0
+    assert json.loads((tmp_path / "stage0-000001" / "state.json").read_text())["lr"] == 1e-5
+
+
+@pytest.mark.parametrize("reduce, moved", [("m3", "language_model"), ("visionzip", "multi_modal_projector")])
+def test_the_miniature_learns_fewer_tokens_from_its_dense_weights(reduce, moved, tmp_path, capsys):
+    """Not from nothing, and with the rate of stage 2."""
+    words = ("--stage", 0, "--reduce", reduce, "--steps", 2, "--batch-size", 2, "--questions", 1, "--out", tmp_path)
+    assert call(*words, main=train.main) == 0
+    before, after = weights(train.DENSE), weights(tmp_path / "stage0-000002")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(moved in name for name in changed)
+    assert all((before[name] - after[name]).abs().mean() < 0.1 * before[name].abs().mean() for name in changed)
+    state = json.loads((tmp_path / "stage0-000002" / "state.json").read_text())
+    assert (state["lr"], state["largest_first"]) == (training.RECIPES[2]["lr"], 0.0) and "restart" not in state
+
+
+def test_the_stage_that_comes_first_has_the_reduction_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "run_stage", lambda stage, _, args, *__: ran.append((stage, args.reduce)) or 3 * [None])
+    monkeypatch.setattr(train, "print_report", lambda *_: None)
+    for given, reduce in ((("--pack", 2), "pack:2"), (("--reduce", "none"), ""), ((), None)):
+        ran = []
+        assert call("--stage", 2, *given, "--out", tmp_path, main=train.main) == 0
+        assert ran == [(1, reduce), (2, reduce)]
+
+
 def test_visor_learns_and_routes_over_fewer_tokens(files, tmp_path, capsys):
     """Stage 2 with patches that are picked, over all tiles and the overview; stage 3 on top."""
     out = tmp_path / "run"
@@ -107,15 +154,17 @@ def test_visor_learns_and_routes_over_fewer_tokens(files, tmp_path, capsys):
 @pytest.mark.parametrize("main, words, message", [
     (train.main, ("--stage", 0, "--reduce", "pyramiddrop"), "nothing of it is learned"),
     (train.main, ("--stage", 0, "--reduce", "fastv"), "no such method"),
+    (train.main, ("--stage", 0, "--reduce", "m3", "--auxiliary-weight", 1), "--auxiliary-weight is for the dense"),
+    (train.main, ("--stage", 0, "--pack", 2, "--draw-from", 9), "--draw-from is for the dense"),
     (train.main, ("--stage", 0, "--reduce", "m3", "--pack", 2), "give one of the two"),
     (router.main, ("--report", "--reduce", "sparsevlm"), "for the dense configuration"),
     (router.main, ("--search", "--reduce", "pack:2"), "leave it out"),
     (sample.main, ("--q", "hi", "--reduce", "pyramiddrop:2,1:.5,.2"), "layers ascending"),
     (sample.main, ("--q", "hi", "--reduce", "pyramiddrop:1,2:.5,.6"), "falling"),
-    (sample.main, ("--q", "hi", "--reduce", "visionzip:0+0"), "two whole numbers"),
+    (sample.main, ("--q", "hi", "--reduce", "visionzip:0+0"), "whole numbers of a tile's patches"),
     (sample.main, ("--q", "hi", "--reduce", "hired:0"), "above 0 and at most 1"),
-    (sample.main, ("--q", "hi", "--reduce", "m3:8:widen"), "README"),
-    (sample.main, ("--q", "hi", "--reduce", "sparsevlm:x"), "sparsevlm:13.5")], ids=lambda x: (
+    (sample.main, ("--q", "hi", "--reduce", "m3:8:widen"), "m3:RATIO"),
+    (sample.main, ("--q", "hi", "--reduce", "sparsevlm:x"), "sparsevlm:SCALE")], ids=lambda x: (
         x.__module__ if callable(x) else "_".join(map(str, x)) if isinstance(x, tuple) else ""))
 def test_bad_input_is_one_line(main, words, message, tmp_path, capsys):
     words = [*words, "--out", tmp_path] if main is train.main else [*words]
@@ -144,10 +193,15 @@ def test_what_a_checkpoint_cannot_have(tmp_path, capsys):
         assert said in err and ("error: " in err) == (status == 2), (model, reduce, err)
 
 
-@pytest.mark.parametrize("text", ["pack:2", "pack:3.5:widen", "downsample:4", "m3", "m3:8", "visionzip",
-                                  "visionzip:104+24", "vispruner:96+32", "hired:0.2", "pyramiddrop:easy",
-                                  "pyramiddrop:4,10,16:0.5,0.25,0.125", "sparsevlm", "sparsevlm:13.5",
-                                  "sparsevlm:13.5:drop", "sparsevlm::drop", ""])
-def test_names_of_reductions_are_read_as_they_are_written(text):
-    found = methods.parse(text)
-    assert methods.text_of(found) == text and methods.parse(methods.text_of(found)) == found
+def test_a_checkpoint_that_drops_inside_is_not_trained(files, tmp_path, capsys):
+    """Nor routed; without the reduction it is."""
+    m = VLM.from_pretrained(files / "dense").add_reduction("pyramiddrop:1:.5")
+    m.save_pretrained(tmp_path / "dropping")
+    VLM.from_pretrained(files / "visor").add_reduction("pyramiddrop:1:.5").save_pretrained(tmp_path / "visor")
+    words = ["--stage", 1, "--model", tmp_path / "dropping", "--data", files / "data.json", "--steps", 1]
+    for main, flags in ((train.main, [*words, "--out", tmp_path / "a"]),
+                        (router.main, ["--report", "--model", tmp_path / "visor"])):
+        assert call(*flags, main=main) == 2
+        assert "--reduce pyramiddrop:1:.5: " in (err := capsys.readouterr().err) and "--reduce none" in err
+    assert call(*words, "--out", tmp_path / "b", "--reduce", "none", main=train.main) == 0
+    assert json.loads((tmp_path / "b" / "stage1-000001" / "config.json").read_text())["reduce"] == ""

@@ -133,7 +133,7 @@ def test_pool_of_constants_and_ramps(side):
     assert (got[..., 1] - middle[:, None]).abs().max() < 1e-4 and (got[..., 2] - middle).abs().max() < 1e-4
 
 
-def slow_visionzip(x, score, keys, dominant, contextual):
+def slow_visionzip(x, score, keys, dominant, contextual, average):
     """One tile as lists: the tokens, and the patch numbers of the dominant ones and of the targets."""
     kept = sorted(descending(score)[:dominant])
     rest = [i for i in range(len(x)) if i not in kept]
@@ -146,26 +146,28 @@ def slow_visionzip(x, score, keys, dominant, contextual):
     tokens = [x[i] for i in kept]
     for t in targets:
         extra = mean(members[t]) if members[t] else [0.0] * len(x[t])
-        tokens.append([a + b for a, b in zip(x[t], extra)])
+        tokens.append(mean([x[t], *members[t]]) if average else [a + b for a, b in zip(x[t], extra)])
     return tokens, kept + targets
 
 
-def check_visionzip(x, score, keys, dominant, contextual):
-    tokens, kept = visionzip(x, score, keys, dominant, contextual)
+def check_visionzip(x, score, keys, dominant, contextual, average=False):
+    tokens, kept = visionzip(x, score, keys, dominant, contextual, average)
     assert tokens.shape == (len(x), dominant + contextual, x.shape[2]) and tokens.dtype == x.dtype
     assert kept.shape == tokens.shape[:2] and kept.dtype == torch.int64
     for i in range(len(x)):
-        want, chosen = slow_visionzip(x[i].tolist(), score[i].tolist(), keys[i].tolist(), dominant, contextual)
+        want, chosen = slow_visionzip(x[i].tolist(), score[i].tolist(), keys[i].tolist(), dominant, contextual, average)
         assert kept[i].tolist() == chosen
         assert torch.equal(tokens[i, :dominant], x[i, chosen[:dominant]])
         assert (tokens[i] - torch.tensor(want, dtype=x.dtype)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("tiles, n, d, dominant, contextual", [
     (1, 23, 7, 7, 4), (3, 23, 7, 5, 4), (2, 29, 5, 10, 6), (2, 9, 3, 2, 3), (3, 16, 4, 1, 1), (1, 16, 4, 6, 9),
     (2, 9, 3, 5, 4), (2, 729, 6, 104, 24)])  # of 9 patches, 5 and 4: each target stays as it is
-def test_visionzip_against_loops(tiles, n, d, dominant, contextual):
-    check_visionzip(normal(10, tiles, n, 5), normal(11, tiles, n), normal(12, tiles, n, d), dominant, contextual)
+def test_visionzip_against_loops(tiles, n, d, dominant, contextual, average):
+    inputs = normal(10, tiles, n, 5), normal(11, tiles, n), normal(12, tiles, n, d)
+    check_visionzip(*inputs, dominant, contextual, average)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -186,6 +188,8 @@ def test_visionzip_by_hand():
     tokens, kept = visionzip(x, score, keys, 2, 2)
     assert kept.tolist() == [[1, 6, 0, 3]]
     assert tokens.flatten().tolist() == near([10, 5, 1 + 10000, 1000 + (100 + 100000) / 2])
+    tokens, _ = visionzip(x, score, keys, 2, 2, average=True)
+    assert tokens.flatten().tolist() == near([10, 5, (1 + 10000) / 2, (1000 + 100 + 100000) / 3])
 
 
 def slow_vispruner(x, score, important, diverse):

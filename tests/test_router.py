@@ -54,10 +54,7 @@ SPREAD = 8  # standard deviation of the scores that `divide` leaves
 
 def tree_of(m, prompts):
     """A CacheTree with these prompts as its only segment."""
-    batch = collate(prompts)
-    tree = m.new_tree("auto", len(prompts), batch.ids.shape[1] + 8, batch.v_pos.shape[1])
-    m.extend(tree, batch)
-    return tree
+    return m.prefill(prompts, "auto", 8)
 
 
 def scores_of(m, prompts):
@@ -266,7 +263,7 @@ def test_a_batch_that_goes_on_from_one_tree_may_be_routed():
     wanted = routes_of(m, whole)
     for sa, routes in (("auto", wanted), ([(1,), (1, 4, 7, 10), (1, 7)],) * 2):
         tree = m.prefill(prefixes, "auto")
-        m.extend(tree, collate(own))
+        tree.extend(own)
         assert decoding.generate(m, tree, own, sa, 5) == (m.generate(whole, routes, max_tokens=5), routes)
 
 

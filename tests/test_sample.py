@@ -215,8 +215,8 @@ def test_sampling_flags_reach_the_model(place, capsys):
 
 
 def test_answers_with_line_breaks_stay_on_one_line(place, capsys, monkeypatch):
-    def answer(self, *_, routes, stages, **__):
-        routes[:], stages[:] = [Plan((1, 4))], [None]
+    def answer(self, *_, routes, layer_tokens, **__):
+        routes[:], layer_tokens[:] = [Plan((1, 4))], [None]
         return self.model.tokenizer.encode("a\nb\rc").ids
     monkeypatch.setattr(Conversation, "answer", answer)
     assert call(capsys, "--model", place / "model", "--q", "hi")[1] == "a b c\n"
@@ -414,8 +414,8 @@ def test_bad_words(place, capsys, what):
 
 def test_a_terminal_that_lacks_characters_loses_no_answer(place, monkeypatch):
     """What ASCII cannot say is written as an escape; a stream that is closed takes nothing and hurts nothing."""
-    monkeypatch.setattr(Conversation, "answer", lambda self, *_, routes, stages, **__: (
-        routes.append(Plan((1, 4))), stages.append(None), self.model.tokenizer.encode("café 中").ids)[2])
+    monkeypatch.setattr(Conversation, "answer", lambda self, *_, routes, layer_tokens, **__: (
+        routes.append(Plan((1, 4))), layer_tokens.append(None), self.model.tokenizer.encode("café 中").ids)[2])
     words = ["--model", str(place / "model"), "--q", "hi"]
     for encoding, want in (("ascii", b"caf\\xe9 \\u4e2d\n"), ("utf-8", "café 中\n".encode()), (
             "latin-1", b"caf\xe9 \\u4e2d\n")):

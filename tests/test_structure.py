@@ -15,8 +15,8 @@ ORDER = """cli methods config families pictures data flops
            report parallel
            layout layers encoders.siglip encoders reduction arrange pruning explain cache_tree decoding weights model
            conversation answers costs evaluation checkpoints router stages train sample
-           paper.numbers paper.systems paper.clock paper.ablate paper.bench paper.miniature paper.routing paper.compare
-           paper.masked paper.equalities paper.verify paper""".split()
+           paper.trials paper.numbers paper.systems paper.clock paper.ablate paper.bench paper.miniature paper.routing
+           paper.compare paper.masked paper.equalities paper.verify paper""".split()
 # flops.py and every --help answer at once
 NO_TORCH = "methods config families pictures data flops cli answers costs explain toy.world llava.samples".split()
 

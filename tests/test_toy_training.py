@@ -96,11 +96,11 @@ def test_configurations_are_drawn_from_the_viable_ones_and_the_ends_more_often()
     assert {training.sample_plan(c, 0, step, 5) for step in range(9)} == {Plan((4, 7))}
 
 
-def test_a_quarter_of_the_steps_are_over_the_overview():
+def test_a_tenth_of_the_steps_are_over_the_overview():
     c = Config(**{**vars(world.config()), "ca": world.CA, "sa": world.SA, "viable": world.VIABLE, "overview": [()]})
     drawn = [training.sample_plan(c, 0, step, 2000) for step in range(8000)]
     over = [plan for plan in drawn if plan.pixels == "overview"]
-    assert set(over) == {Plan((), "overview")} and len(over) / 8000 == pytest.approx(1 / 4, abs=0.02)
+    assert set(over) == {Plan((), "overview")} and len(over) / 8000 == pytest.approx(0.1, abs=0.01)
     c.overview = ()  # all else is as without it
     assert all(a == b for a, b in zip(drawn, [training.sample_plan(c, 0, step, 2000) for step in range(8000)])
                if a.pixels == "all")
@@ -108,18 +108,19 @@ def test_a_quarter_of_the_steps_are_over_the_overview():
 
 def test_steps_over_the_overview_ask_what_it_shows():
     model = fresh().add_cross_attention(world.CA, world.SA, world.VIABLE, world.OVERVIEW)
-    batches, kinds = ToyBatches(model, 0, 4, stage=2), set()
+    batches = ToyBatches(model, 0, 4, stage=2)
     names, shades = {i: w for w, i in model.tokenizer.get_vocab().items()}, {*world.SHADES, *"01234", "yes", "no"}
-    for step in range(8):
+    over = [step for step in range(99) if batches.plan(step).pixels == "overview"]
+    assert over[1] > 1
+    for step in (0, 1, *over[:2]):
         batch, labels, quilts = batches[step]
-        kinds.add(pixels := batches.plan(step).pixels)
+        pixels = batches.plan(step).pixels
         tiles, tokens = (1, 10) if pixels == "overview" else (5, 51)
         assert {len(x.pixels) for row in batch.images for x in row} == {tiles} and batch.v_pos.shape[1] == tokens
         learned = {names[i] for i in labels[labels >= 0].tolist()} - {"<|im_end|>"}
         assert (learned <= shades) == (pixels == "overview")
         loss, = batches.losses(batches[step], batches.plan(step), step)
         assert loss.isfinite()
-    assert kinds == {"all", "overview"}
 
 
 def test_each_stage_trains_its_configurations(dense):

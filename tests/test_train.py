@@ -75,10 +75,11 @@ def test_the_learning_rate_warms_up_stays_and_falls():
 
 
 def test_the_learning_rate_begins_anew_at_two_thirds():
-    """Each part is as a run of its own."""
+    """Each part is as a run of its own; the last one ends with the stage."""
     factors = [train.lr_factor(i, 100, 10, 0.5, restart=60) for i in range(100)]
+    parts = [(0, 60, 1), (60, 30, 2 / 3), (90, 10, 4 / 9)]
+    assert factors == pytest.approx([rate * train.lr_factor(i, n, 10, 0.5) for _, n, rate in parts for i in range(n)])
     assert factors[:60] == [train.lr_factor(i, 60, 10, 0.5) for i in range(60)]
-    assert factors[60:] == [2 / 3 * train.lr_factor(i, 40, 10, 0.5) for i in range(40)]
     assert [train.lr_factor(i, 100, 10, 0.5, restart=200) for i in range(100)] == [  # never
         train.lr_factor(i, 100, 10, 0.5) for i in range(100)]
 

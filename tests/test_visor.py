@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import decoding
+from cache_tree import CacheTree
 from config import PAD
 from conversation import Conversation
 from data import IMAGE, Prompt, chatml, collate, encode, join, place_images, process_image, split_shared
@@ -66,7 +67,7 @@ def logits(m, prompts, sa, tree=None):
     if tree is None:
         h = m(collate(prompts), sa)
     else:
-        m.extend(tree, collate(prompts))
+        tree.extend(prompts)
         h = m.language_model.norm(tree.run(sa)[0])
     return [m.head(row[:len(p.ids)]) for row, p in zip(h, prompts)]
 
@@ -401,8 +402,8 @@ def test_long_answers(monkeypatch):
     monkeypatch.setattr(VLM, "stop_id", -1)
     m, rng = new(12)
     p, sa = some_prompt(m, rng, 1), (1, 4)
-    tree = m.new_tree(sa, 1, 1, 1)
-    m.extend(tree, collate([p]))
+    tree = CacheTree(m, [sa], 1, (1, 1))
+    tree.extend([p])
     (answer,), _ = decoding.generate(m, tree, [p], sa, max_tokens=1030)
     assert len(answer) == 1030
     tail = Prompt(answer, [p.end + i for i in range(1030)], [], [], [])
@@ -425,8 +426,7 @@ def test_cache_bytes(ca, sa):
     m, rng = new(7, ca=ca)
     prompts = [some_prompt(m, rng, n) for n in (2, 0, 1)]
     text, vision = max(len(p.ids) for p in prompts) + 9, max(len(p.v_pos) for p in prompts)
-    tree = m.new_tree(sa, 3, text, vision)
-    m.extend(tree, collate(prompts))
+    tree = m.prefill(prompts, sa, 9)
     decoding.generate(m, tree, prompts, sa, max_tokens=9)
     cross = [l for l in ca if l not in sa]
     reserved = -(-text // 256) * 256  # capacities are multiples of 256, and vision's where a layer keeps it too
@@ -457,7 +457,7 @@ def test_piece_by_piece(ca, sa, n):
         spots = sorted({*p.t_pos, *starts(p)} - {0})
         rows.append(list(pieces(p, rng.sample(spots, n - 1) if n else spots)))
     assert sum(len(x.images) for row in rows for x in row) == sum(len(p.images) for p in prompts)
-    tree = m.new_tree(sa, len(prompts), 20, 20)  # it grows
+    tree = CacheTree(m, [sa], len(prompts), (20, 20))  # it grows
     steps = []
     for step in zip(*rows):
         if n:
@@ -483,14 +483,14 @@ def test_configurations_share_what_they_can(monkeypatch):
     monkeypatch.setattr(type(m.language_model), "run", lambda self, *args, **kw: (
         ran.append(args[5] - args[4] if len(args) > 5 else 12), real(self, *args, **kw))[1])
     prefixes = {(l, tuple(x for x in sa if x <= l)) for sa in VIABLE for l in range(12)}  # layers that differ
-    tree = m.new_tree(VIABLE, 2, 99, 99)
+    tree = m.new_tree(VIABLE, prompts, 99)
     found = {sa: logits(m, prompts, sa, tree) if sa == VIABLE[0] else
              [m.head(h[:len(p.ids)]) for h, p in zip(m.language_model.norm(tree.run(sa)[0]), prompts)] for sa in VIABLE}
     assert sum(ran) == len(prefixes) < 12 * len(VIABLE)
     segments, first = len(tree.segments), {}
     for _ in range(2):
         ran.clear()
-        m.extend(tree, collate(more))
+        tree.extend(more)
         second = {sa: tree.run(sa)[0] for sa in VIABLE[::-1]}
         assert sum(ran) == len(prefixes)
         assert all(torch.equal(second[sa], first.get(sa, second[sa])) for sa in VIABLE)

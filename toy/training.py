@@ -18,8 +18,8 @@ from toy import world
 # Batches are of images, with 10 questions each or 30 short ones; in stage 3 of questions. lr is Muon's, AdamW has a
 # tenth; it is constant up to decay_start * steps, then falls linearly. LOG.md has the experiments behind the numbers.
 RECIPES = {
-    0: dict(batch_size=24, steps=9000, lr=0.015, warmup=50, decay_start=0.55,
-            restart=6000,             # the rate once more, at two thirds, for the counts over whole panels
+    0: dict(batch_size=24, steps=12000, lr=0.015, warmup=50, decay_start=0.55,
+            restart=6000,             # then twice more, for the counts over whole panels
             auxiliary_weight=1.0,     # without it no task rises above guessing in this budget
             draw_from=3500),          # the step from which viable configurations are drawn
     1: dict(batch_size=24, steps=120, lr=0.02, warmup=20, decay_start=0.5),  # a warm-up; 300 steps bring little more
@@ -39,11 +39,11 @@ def matrices_of(model):
             if p.requires_grad and p.ndim == 2 and "embed" not in name and not name.startswith("router.")]
 
 
-OVERVIEW_SHARE = 0.25  # of the steps: over the overview
+OVERVIEW_SHARE = 0.1  # of the steps: over the overview
 
 
 def sample_plan(config, seed, step, largest_first_steps=0):
-    """The Plan of a step. A quarter of the steps are over the overview; of the configurations over all tiles the
+    """The Plan of a step. A tenth of the steps are over the overview; of the configurations over all tiles the
     smallest comes twice and the largest three times as often as the others (the paper, 4.2.3, draws uniformly).
 
     In the first `largest_first_steps` only these two are drawn, the largest three times in four: what the model has
