@@ -45,10 +45,11 @@ def test_random_settings_survive_their_text():
 
 @pytest.mark.parametrize("text", [
     "pack:", "pack::", "pack:0.9", "pack:1e3", "pack:2:drop", "pack:2:widen:", "pack: 2", "pack:inf", "pack:-2",
-    "m3:8:drawn", "m3:", "downsample:2:widen", "visionzip:", "visionzip:3", "visionzip:0+0", "visionzip:1+2+3", "visionzip:1.0+2",
-    "visionzip:1000001+1", "vispruner:1+2:mean", "hired:0", "hired:1.1", "hired:nan", "pyramiddrop:",
-    "pyramiddrop:hard:", "pyramiddrop:medium", "pyramiddrop:1,2:.5", "pyramiddrop:2,1:.5,.2", "pyramiddrop:0:.5", "pyramiddrop:1,2:.2,.5",
-    "pyramiddrop:1:0", "pyramiddrop:1:.5:.5", "sparsevlm:", "sparsevlm::", "sparsevlm:0", "sparsevlm:2:keep"])
+    "m3:8:drawn", "m3:", "downsample:2:widen", "visionzip:", "visionzip:3", "visionzip:0+0", "visionzip:1+2+3",
+    "visionzip:1.0+2", "visionzip:1000001+1", "vispruner:1+2:mean", "hired:0", "hired:1.1", "hired:nan",
+    "pyramiddrop:", "pyramiddrop:hard:", "pyramiddrop:medium", "pyramiddrop:1,2:.5", "pyramiddrop:2,1:.5,.2",
+    "pyramiddrop:0:.5", "pyramiddrop:1,2:.2,.5", "pyramiddrop:1:0", "pyramiddrop:1:.5:.5", "sparsevlm:",
+    "sparsevlm::", "sparsevlm:0", "sparsevlm:2:keep"])
 def test_what_is_refused_is_told_the_form(text):
     method = text.partition(":")[0]
     with pytest.raises(ValueError) as e:

@@ -95,11 +95,11 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(reduce, files, tmp
 def test_over_the_overview_a_step_of_a_file_has_the_drawn_scale(files, tmp_path, monkeypatch):
     """As many tokens as the smaller grid of the base tile has, and a newline."""
     m = VLM.from_pretrained(files / "dense").add_reduction("m3").add_cross_attention(None, None, [(), (1,)], [()])
-    settings = {**train.DEFAULTS, "batch_size": 4, "seed": 2, "steps": 9}
+    settings = {**train.DEFAULTS, "batch_size": 12, "seed": 2, "steps": 9}
     samples, seen, drawn = Samples(files / "data.json", None, m.tokenizer, m.config), [], set()
     batches = ConversationBatches(m, 2, samples, settings, tmp_path, Distributed("cpu"))
     monkeypatch.setattr(batches, "loss_module", lambda batch, *_: seen.append(batch) or torch.zeros(()))
-    for step, items in enumerate(islice(batches.batches(0), 5)):
+    for step, items in enumerate(islice(batches.batches(0), 8)):
         list(batches.losses(items, Plan((), "overview"), step))
         side = methods.for_step(m.config, 2, step).side
         counts = {(batch.v_img[b] == 0).sum() for batch in seen for b, x in enumerate(batch.images) if len(x) == 1}
