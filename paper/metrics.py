@@ -99,8 +99,7 @@ VQA_WORDS = {**NUMBER_WORDS, "none": "0"}
 def vqa_words(text):
     """An answer as the VQA evaluation compares it: small letters, digits for number words, no articles."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    text = text.strip().replace("\n", " ").replace("\t", " ").strip()
-    before = text
+    before = text = text.strip().replace("\n", " ").replace("\t", " ")
     for mark in ';/[]"{}()=+\\_->@<`!':         # beside a space it goes, elsewhere it becomes one
         text = text.replace(mark, "" if mark + " " in before or " " + mark in before else " ")
     text = re.sub(r"\.(?!\d)", "", text, count=32)  # 32 is the flag re.UNICODE, which stands in the place of the count
@@ -136,7 +135,7 @@ def contained(answer, references, category):
 def contained_classic(answer, references, category):
     """OCRBench, classic: widths count, and formulas are looked for in the answer in small letters, so that one with a
     capital in it is never found."""
-    answer = answer.lower().strip()
+    answer = answer.lower()
     if category == FORMULAS:
         return contained(answer, references, category)
     return float(any(text.lower().strip().replace("\n", " ") in answer.replace("\n", " ") for text in references))
@@ -228,7 +227,7 @@ def option_or_word(answer, references, question):
     The answer loses its punctuation first, the options do not, so that those with punctuation are never found.
     """
     answer = NUMBER_WORDS.get(answer.strip().lower(), answer)
-    answer = re.sub(r"[^\w\s]", "", answer).strip()
+    answer = re.sub(r"[^\w\s]", "", answer)
     options = [text.strip() for text in re.findall(r"\b[A-Z]\.\s+([^\n]*)", question)]
     letters = dict(zip(options, LETTERS))       # of two options with one text, the later letter
     found = re.search("|".join(map(re.escape, options)), answer)  # the first in the answer, not the longest
@@ -272,7 +271,7 @@ def stated_letter(answer, references, options):
 
 def first_letter(answer, references):
     """BLINK, classic: the answer's first letter, of whatever word: "The answer is B" is T."""
-    found = re.match(r"[(\s]*([A-Z])", answer.strip(), re.I)
+    found = re.match(r"[(\s]*([A-Z])", answer, re.I)
     return float(bool(found) and found.group(1).upper() in [reference.strip("()") for reference in references])
 
 
