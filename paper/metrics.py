@@ -2,7 +2,8 @@
 
 The 13 benchmarks of Section 5.1 and the three with several images of Appendix I.1; which task has which metric is in
 paper/tasks.py. Two sets of rules: lmms-eval changed how it reads answers in version 0.7.2 (April 2026), so "classic" is
-0.7.1 and earlier, "0.7.2+" what came then. What is not said to be of one of them is in both.
+0.7.1 and earlier, "0.7.2+" is 0.7.3; two things are new in 0.7.3 itself, BLINK's reading and OCRBench's widths of
+letters. What is not said to be of one set is in both.
 
 All follow lmms-eval to the letter, and where that is odd it is said; tests/lmms_cases.json holds what its versions
 0.7.3 and 0.7.1 themselves say of 200 answers a task. Where it would ask GPT (MMBench), and for MMIU, which it lacks,
@@ -67,7 +68,7 @@ def edit_distance(a, b):
 
 
 def anls(answer, references, threshold=0.5):
-    """DocVQA, InfoVQA (arXiv 1907.00490, Eq. 1): similarity by edit distance to the nearest reference, 0 below 0.5.
+    """DocVQA, InfoVQA (arXiv 1907.00490): similarity by edit distance to the nearest reference, 0 below 0.5.
 
     Odd, and kept: the distance is of texts in small letters with single spaces, its divisor the length of the texts as
     they were, in capitals ("ß" counts 2).
@@ -108,8 +109,8 @@ def vqa_words(text):
 
 
 def vqa_accuracy(answer, references):
-    """TextVQA (arXiv 1505.00468, Section 3): right in full if 3 of the other annotators said it, the mean over leaving
-    out each of the ten."""
+    """TextVQA (arXiv 1505.00468): right in full if 3 of the other annotators said it, the mean over leaving out each of
+    the ten."""
     given, said = vqa_words(answer), [vqa_words(reference) for reference in references]
     return fmean(min(1.0, (said.count(given) - (one == given)) / 3) for one in said)  # a match that is left out, less
 
@@ -259,8 +260,8 @@ def letter_same(answer, references):
 
 
 def stated_letter(answer, references, options):
-    """BLINK, 0.7.2+: the letter of an option, in the first of these places: a first line of at most 4 characters,
-    the last "answer is B", the last "(B)", the start of the answer."""
+    """BLINK, 0.7.2+ (new in 0.7.3): the letter of an option, in the first of these places: a first line of at most 4
+    characters, the last "answer is B", the last "(B)", the start of the answer."""
     text, letters = answer.strip(), f"([{LETTERS[:len(options)]}])"
     first_line = text.split("\n")[0].strip()
     found = re.findall(rf"^\(?{letters}\)?[.\s:,)]*$", first_line, re.I) if len(first_line) <= 4 else []
@@ -276,7 +277,7 @@ def first_letter(answer, references):
 
 
 def mmbench_letter(answer, options):
-    """The option that MMBench's rules find without asking GPT, or "" (arXiv 2307.06281, Section 4.3).
+    """The option that MMBench's rules find without asking GPT, or "" (arXiv 2307.06281).
 
     One letter among the words, by itself or with a mark; else the one option whose text stands in the answer.
     """
@@ -347,8 +348,8 @@ PERCEPTION = "existence count position color posters celebrity scene landmark ar
 
 
 def mme_score(rows):
-    """MME (arXiv 2306.13394, Section 2.3): of each category percent of the questions and percent of the images with
-    both questions right, summed: at most 200. Perception has ten categories, cognition four.
+    """MME (arXiv 2306.13394): of each category percent of the questions and percent of the images with both questions
+    right, summed: at most 200. Perception has ten categories, cognition four.
 
     "score" is the paper's, perception / 20: its 60.6 for LLaVA-OneVision is 1212 points.
     """
