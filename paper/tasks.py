@@ -87,6 +87,11 @@ class Task(NamedTuple):
     classic: Callable = None  # the same by the rules "classic", where they differ
     aggregate: Callable = metrics.mean  # (rows) -> {"score": ...}
 
+    def judge(self, answer, row, rules):
+        """How right an answer to a row is, 0.0 to 1.0."""
+        metric = self.classic if self.classic and rules == "classic" else self.metric
+        return metric(answer, row["answers"], *[row[field] for field in NEEDS.get(metric, ())])
+
 
 WORD = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -134,9 +139,7 @@ def score(name, answer, row, rules="classic"):
     """How right an answer to a row is, 0.0 to 1.0. rules: one of RULES. Raises ValueError."""
     if rules not in RULES:
         raise ValueError(f"there are no rules {rules!r}; take one of {', '.join(RULES)}")
-    task = TASKS[name]
-    metric = task.classic if task.classic and rules == "classic" else task.metric
-    return metric(answer, row["answers"], *[row[field] for field in NEEDS.get(metric, ())])
+    return TASKS[name].judge(answer, row, rules)
 
 
 def aggregate(name, rows):
