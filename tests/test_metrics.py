@@ -73,7 +73,8 @@ def test_anls(answer, references, expected):
 
 @pytest.mark.parametrize("answer, reference, expected", [
     ("95", "100", 1), ("94.9", "100", 0), ("105", "100", 1), ("105.1", "100", 0), ("5%", "0.05", 1), ("5", "5%", 0),
-    ("0", "0", 1), ("0.0", "0", 0), ("1,000", "1000", 0), ("yes", "Yes", 1), ("Yes.", "Yes", 0), ("-95", "-100", 1)])
+    ("0", "0", 1), ("0.0", "0", 0), ("1,000", "1000", 0), ("yes", "Yes", 1), ("Yes.", "Yes", 0), ("-95", "-100", 1),
+    ("4.76%", "0.05", 1)])
 def test_relaxed_accuracy(answer, reference, expected):
     assert metrics.relaxed_accuracy(answer, [reference]) == expected
 
@@ -86,7 +87,8 @@ def test_vqa_accuracy_counts_annotators(said, expected):
 
 @pytest.mark.parametrize("text, expected", [
     ("The two dogs!", "2 dogs"), ("dont", "don't"), ("10,000", "10000"), ("x-y", "x y"), ("x -y", "x y"),
-    ("x;y", "x y"), ("1.5", "1.5"), ("e.g.", "eg"), ("couldn'tve", "couldn't've"), ("somebody'd", "somebodyd"),
+    ("x-y -z", "xy z"), ("x?y", "xy"), ("x\ny\tz", "x y z"), ("x;y", "x y"),
+    ("1.5", "1.5"), ("e.g.", "eg"), ("couldn'tve", "couldn't've"), ("somebody'd", "somebodyd"),
     ("it's", "it 's"), ("none", "0")])
 def test_vqa_words(text, expected):
     assert metrics.vqa_words(text) == expected
@@ -135,7 +137,7 @@ OTHER = {"answers": ["Cafe 1"], "category": "Doc-oriented VQA"}
 
 @pytest.mark.parametrize("answer, row, classic, new", [
     ("it is X+1.", FORMULA, 0, 1), ("it is x+1.", FORMULA, 0, 0), ("the cafe\n1 there", OTHER, 1, 1),
-    ("Ｃａｆｅ　１", OTHER, 0, 1), ("cafe1", OTHER, 0, 0)])
+    ("Ｃａｆｅ　１", OTHER, 0, 1), ("！～", {"answers": ["!~"], "category": ""}, 0, 1), ("cafe1", OTHER, 0, 0)])
 def test_ocrbench(answer, row, classic, new):
     assert [score("ocrbench", answer, row, rules) for rules in RULES] == [classic, new]
 
@@ -197,6 +199,7 @@ def test_pope():
             for right, said in pairs]
     assert aggregate("pope", rows) == pytest.approx({
         "score": 50, "precision": 200 / 3, "recall": 200 / 3, "f1": 200 / 3})
+    assert aggregate("pope", rows[:1]) == {"score": 100, "precision": 100, "recall": 100, "f1": 100}
     assert aggregate("pope", rows[-1:]) == {"score": 100, "precision": 0, "recall": 0, "f1": 0}
 
 
