@@ -16,6 +16,7 @@ ORDER = """cli methods config families pictures data flops
            layout layers encoders.siglip encoders reduction arrange pruning explain cache_tree decoding weights model
            conversation answers costs evaluation checkpoints router stages train sample
            paper.numbers paper.systems paper.clock paper.ablate paper.bench paper.miniature paper.routing paper.compare
+           paper.inside paper.analyse
            paper.masked paper.equalities paper.verify paper""".split()
 # flops.py and every --help answer at once
 NO_TORCH = "methods config families pictures data flops cli answers costs explain toy.world llava.samples".split()
