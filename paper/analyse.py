@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from cli import NANO, Parser, atomic, checkpoint_path, free_threads, placement, run
-from evaluation import all_results
+from evaluation import accuracy, all_results
 from flops import plan_name, prompt_flops, sa_name
 from llava.samples import Samples, eval_questions, reference_prompt
 from model import VLM
@@ -39,6 +39,8 @@ RESULTS = Path(__file__).parent / "results"
 SHIPPED = {"nano/dense": NANO / "dense", "nano": NANO}
 COLOURS = "tab:blue", "tab:red", "tab:gray"      # of attention's curves
 EASY, HARD = "tab:green", "tab:red"
+# Questions a task or file; where each takes a forward of its own, or one for each subset of layers, fewer do
+LIMITS = {"attention": 50, "cka": 50, "drop": 50, "configurations": 250, "routes": 250, "oracle": 250, "cost": 1}
 
 
 class Subject:
@@ -54,9 +56,9 @@ class Subject:
         elif self.config.world != "toy":
             raise ValueError(f"{name} does not know the miniature's world: give questions for it with --data FILE")
 
-    def eval_set(self, n):
-        """The evaluation set with n questions a task or file, or as many as --limit says."""
-        n = self.args.limit or n
+    def eval_set(self, what):
+        """The evaluation set of an analysis."""
+        n = self.args.limit or LIMITS[what]
         if n not in self.sets:
             self.sets[n] = (eval_questions(self.samples, n, self.args.seed) if self.samples else
                             world.eval_set(self.args.seed, n))
@@ -74,7 +76,7 @@ class Subject:
     @cached_property
     def report(self):
         """(report.Report, results) of one evaluation of all plans: configurations, routes and oracle are made of it."""
-        eval_set = self.eval_set(250)
+        eval_set = self.eval_set("configurations")
         results = all_results(self.model, eval_set, self.config.plans)
         return summarise(self.config, results, *self.reference(eval_set, results)), results
 
@@ -84,7 +86,7 @@ class Subject:
         if what in ("attention", "cka", "drop") and c.reduction.inside:
             return f"{c.reduce} drops visual tokens between its layers"
         if what == "drop" and not dense:
-            return "it is VISOR, which looks at vision by cross-attention as well; give the dense model it was made from"
+            return "it is VISOR, which also looks at vision by cross-attention; give the dense model it was made from"
         if what in ("configurations", "routes", "oracle") and not c.plans:
             return "it has no viable configurations; train stages 1 and 2 first"
         if what == "routes" and self.model.router is None:
@@ -96,7 +98,7 @@ class Subject:
 
 def attention(subject):
     """Figure 2."""
-    found = {task: rounded(x) for task, x in inside.attention(subject.model, subject.eval_set(50)).items()}
+    found = {task: rounded(x) for task, x in inside.attention(subject.model, subject.eval_set("attention")).items()}
     groups, c = subject.groups(found), subject.config
     record = {"configuration": list(inside.whole(c)), "cross_attention": list(c.ca), "layers": c.layers,
               "interactions": inside.INTERACTIONS, "groups": groups, "by_task": found}
@@ -110,7 +112,7 @@ def attention(subject):
 
 def cka(subject):
     """Figure 3."""
-    found = {task: rounded(x) for task, x in inside.cka(subject.model, subject.eval_set(50)).items()}
+    found = {task: rounded(x) for task, x in inside.cka(subject.model, subject.eval_set("cka")).items()}
     groups = subject.groups(found)
     record = {"configuration": list(inside.whole(subject.config)), "groups": groups, "by_task": found}
     lines = [["images of", "least", "first, last"]]
@@ -124,19 +126,19 @@ def drop(subject):
     """Figure 4."""
     layers, n = subject.config.layers, subject.args.subsets
     subsets = inside.layer_subsets(layers, n, subject.args.seed)
-    full, *rest = inside.drop(subject.model, subject.eval_set(50), subsets)
+    full, *rest = inside.drop(subject.model, subject.eval_set("drop"), subsets)
     tasks = [task for names in subject.groups(full).values() for task in names]
-    accuracy = np.array([[row[task] for task in tasks] for row in rest])             # (subsets, tasks)
+    right = np.array([[row[task] for task in tasks] for row in rest])                # (subsets, tasks)
     whole = np.array([full[task] for task in tasks])
-    kept = accuracy.mean(0) / np.maximum(whole, 1e-9)                                # (tasks,)
-    similarity = inside.correlation(accuracy)
+    kept = np.divide(right.mean(0), whole, out=np.zeros_like(whole), where=whole > 0)  # (tasks,)
+    similarity = inside.correlation(right)
     easy, hard = inside.easy_and_hard(similarity, kept)
     record = {"tasks": tasks, "accuracy": dict(zip(tasks, rounded(whole))), "easy": [tasks[i] for i in easy],
               "hard": [tasks[i] for i in hard], "correlation": rounded(similarity),
-              "subsets": [{"dropped": own, "accuracy": rounded(row)} for own, row in zip(subsets, accuracy)]}
+              "subsets": [{"dropped": own, "accuracy": rounded(row)} for own, row in zip(subsets, right)]}
     lines = [["", "whole", "mean", "median", "kept", ""]]
     for i in [*easy, *hard]:
-        lines.append([tasks[i], f"{whole[i]:.3f}", f"{accuracy[:, i].mean():.3f}", f"{np.median(accuracy[:, i]):.3f}",
+        lines.append([tasks[i], f"{whole[i]:.3f}", f"{right[:, i].mean():.3f}", f"{np.median(right[:, i]):.3f}",
                       f"{kept[i]:.2f}", "easy" if i in easy else "hard"])
     return record, columns(lines)
 
@@ -169,7 +171,7 @@ def oracle_choices(subject):
     for task, own in chosen.items():
         share = Counter(names[i] for i, _ in own)
         by_task[task] = {"questions": len(own), "accuracy": float(np.mean([right for _, right in own])),
-                         "largest": float(np.mean([r["correct"][largest(plans)] for r in results if r["task"] == task])),
+                         "largest": accuracy(results, largest(plans))[task],
                          "layers": float(np.mean([len(plans[i].sa) for i, _ in own])),
                          "shares": {name: share[name] / len(own) for name in names if share[name]}}
     lines = [["chosen, %", "right", "largest", "layers", *names]]
@@ -184,7 +186,7 @@ def cost(subject):
     """Figure 10: the language model's prefill, from one tile's tokens to those of the largest image; no encoder."""
     c = subject.config.unreduced()
     c = c if c.ca or c.sa else replace(c).add_visor()     # of a dense model: what it would cost as VISOR
-    eval_set = subject.eval_set(1)
+    eval_set = subject.eval_set("cost")
     _, text, _ = subject.reference(eval_set, [{"image": 0, "task": eval_set[0][1][0][0]}])
     most = 1 + (c.max_tiles or max(w * h for w, h in c.pinpoints))
     lengths = [c.patches ** 2 * k // 4 for k in range(4, 4 * most + 1)]
@@ -217,7 +219,7 @@ def small_multiples(plt, n, width, height):
 
 def draw_attention(plt, record):
     """A panel for each stratum: the mean of its tasks, each of them faintly behind it."""
-    figure, panels = small_multiples(plt, len(record["groups"]), 4.6, 3.8)
+    figure, panels = small_multiples(plt, len(record["groups"]), 4.8, 4)
     layers = range(record["layers"])
     for axes, (group, tasks) in zip(panels, record["groups"].items()):
         shares = np.array([record["by_task"][task] for task in tasks])               # (tasks, L, 3)
@@ -238,16 +240,16 @@ def draw_attention(plt, record):
 
 def draw_cka(plt, record):
     """A heat map for each stratum, all on one scale."""
-    figure, panels = small_multiples(plt, len(record["groups"]), 4, 3.8)
+    figure, panels = small_multiples(plt, len(record["groups"]), 4.2, 4)
     means = [np.mean([record["by_task"][task] for task in tasks], axis=0) for tasks in record["groups"].values()]
     lowest = np.floor(10 * min(x.min() for x in means)) / 10
     for axes, group, mean in zip(panels, record["groups"], means):
-        image = axes.imshow(mean, vmin=lowest, vmax=1, cmap="viridis", origin="lower")
+        image = axes.imshow(mean, vmin=lowest, vmax=1, cmap="viridis", origin="lower", aspect="auto")
         axes.set(title=f"images of {group}", xlabel="layer")
         axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(plt.MaxNLocator(integer=True))
     panels[0].set_ylabel("layer")
-    figure.colorbar(image, ax=list(panels), label="linear CKA of vision as it enters two layers", shrink=0.9)
+    figure.colorbar(image, ax=list(panels), label="linear CKA of the vision that\nenters two layers")
     return figure
 
 
@@ -259,7 +261,7 @@ def draw_drop(plt, record):
     accuracy = np.array([row["accuracy"] for row in record["subsets"]])[:, at]       # (subsets, tasks)
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 1.8 + max(3, 0.3 * n)), constrained_layout=True)
     boxes = left.boxplot(accuracy, orientation="horizontal", widths=0.65, patch_artist=True,
-                         medianprops={"color": "black"}, flierprops={"marker": ".", "markersize": 4})
+                         medianprops={"color": "black", "linewidth": 2}, flierprops={"marker": ".", "markersize": 4})
     for box, colour in zip(boxes["boxes"], colours):
         box.set(facecolor=colour, alpha=0.5)
     left.plot([record["accuracy"][task] for task in order], range(1, n + 1), "k|", ms=10, mew=2,
@@ -285,17 +287,19 @@ def draw_configurations(plt, record):
     rows, groups = record["rows"], record["groups"]
     tasks = [task for names in groups.values() for task in names]
     figure, (left, right) = plt.subplots(1, 2, figsize=(15, 2.4 + max(3, 0.4 * len(rows))), constrained_layout=True,
-                                         width_ratios=(1.7, 1))
+                                         width_ratios=(1.5, 1))
     heat_map(left, np.array([[row["tasks"][t] for t in tasks] for row in rows]), [r["name"] for r in rows], tasks)
+    for number in left.texts:
+        number.set_fontsize(11)
     figure.colorbar(left.images[0], ax=left, label="accuracy", shrink=0.9, pad=0.01)
     for x in np.cumsum([len(names) for names in groups.values()])[:-1]:
         left.axvline(x - 0.5, color="white", linewidth=3)
-    left.set(title=" | ".join(groups), ylabel="self-attention layers (ov: over the overview)")
-    for group, colour in zip(groups, (EASY, "tab:blue", HARD, "tab:purple")):
-        right.plot(range(len(rows)), [row[group] for row in rows], "o-", color=colour, label=group)
+    left.set(title=" | ".join(groups), ylabel="self-attention layers; ov: overview")
+    for k, (group, colour) in enumerate(zip(groups, (EASY, "tab:blue", HARD))):  # equal ones stay visible
+        right.plot(range(len(rows)), [row[group] for row in rows], "o-", color=colour, label=group, ms=12 - 3 * k)
     right.set_xticks(range(len(rows)), [f"{row['name']}\n{row['saving']:.1f}x" for row in rows],
                      rotation=0 if len(rows) < 9 else 90)
-    right.set(ylim=(0, 1.05), ylabel="accuracy", title="by configuration, with the language model's saving")
+    right.set(ylim=(0, 1.05), ylabel="accuracy", title="by configuration; below, times fewer operations")
     right.grid(alpha=0.3)
     right.legend(loc="lower right")
     return figure
@@ -328,10 +332,10 @@ def draw_oracle(plt, record):
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 1.8 + max(3, 0.27 * len(record["by_task"]))), sharey=True,
                                          constrained_layout=True, width_ratios=(1.3, 1))
     tasks = bars(plt, left, record, "the cheapest configuration with the most right tokens")
-    for key, label, look in (("largest", f"always {record['largest']}", "D"), ("accuracy", "the oracle", "o")):
-        right.plot([record["by_task"][task][key] for task in tasks], range(len(tasks)), look, label=label,
-                   color="tab:gray" if key == "largest" else "tab:blue", ms=7)
-    right.set(xlim=(-0.03, 1.03), xlabel="accuracy", title="accuracy")
+    for key, label, look in (("largest", f"always {record['largest']}", {"color": "lightgray", "ms": 13}),
+                             ("accuracy", "the oracle", {"color": "tab:blue", "ms": 6})):
+        right.plot([record["by_task"][task][key] for task in tasks], range(len(tasks)), "o", label=label, **look)
+    right.set(xlim=(-0.03, 1.05), xlabel="accuracy", title="how often it is right")
     right.grid(alpha=0.3)
     right.legend(loc="lower left")
     return figure
@@ -348,7 +352,10 @@ def draw_cost(plt, record):
                   color=plt.cm.viridis(0.95 - 0.95 * i / len(curves)) if i else "black")
     axes.set(xlabel="visual tokens", ylabel="GFLOP of the language model, prefill", yscale="log",
              title=f"Operations by configuration, {record['text_tokens']} text tokens, without the encoder")
-    axes.grid(alpha=0.3, which="both")
+    axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(plt.NullLocator())
+    axes.grid(alpha=0.3)
     axes.legend(title="self-attention\nlayers", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -366,11 +373,11 @@ def parse(argv=None):
                "cost (paper: Figures 2 to 4 and 6 to 10).")
     p.add_argument("--what", nargs="+", choices=ANALYSES, metavar="NAME", help=f"{', '.join(ANALYSES)} (default: all "
                    "that the model allows)")
-    p.add_argument("--model", metavar="DIR", help="(default: nano/dense for attention, cka and drop, nano for the rest)")
+    p.add_argument("--model", metavar="DIR", help="(default: nano/dense for attention, cka and drop, else nano)")
     p.add_argument("--data", default="toy", metavar="FILE", help="toy (default), a training file, or a mixture of them")
     p.add_argument("--images", metavar="DIR", help="where the images' paths start (default: where each file is)")
-    p.add_argument("--limit", type=int, metavar="N", help="questions a task or file (default: 50 for attention, cka and "
-                   "drop, 250 for the rest)")
+    p.add_argument("--limit", type=int, metavar="N", help="questions a task or file (default: 50 for attention, cka, "
+                   "drop, else 250)")
     p.add_argument("--subsets", type=int, default=48, metavar="N", help="subsets of layers for drop (default: 48)")
     p.add_argument("--seed", type=int, default=0, help="of the questions and the subsets (default: 0)")
     p.add_argument("--out", default=RESULTS, metavar="DIR", help="where the files go (default: paper/results)")
@@ -378,7 +385,7 @@ def parse(argv=None):
                    "cores)")
     p.add_placement("float32")
     args = p.parse_args(argv)
-    if not 1 <= (args.threads or 1) <= 1024 or args.seed < 0 or args.subsets < 2:
+    if args.threads not in (None, *range(1, 1025)) or args.seed < 0 or args.subsets < 2:
         p.error("--threads must be from 1 to 1,024, --seed at least 0, --subsets at least 2")
     if args.limit is not None and args.limit < 1:
         p.error(f"--limit {args.limit}: ask at least one question")
@@ -405,7 +412,7 @@ def main(argv=None):
         analyse, draw = ANALYSES[what]
         record, table = analyse(subject)
         record = {"command": f"python -m paper.analyse {shlex.join(sys.argv[1:] if argv is None else argv)}".strip(),
-                  "model": name, "data": args.data, "limit": args.limit, "seed": args.seed,
+                  "model": name, "data": args.data, "limit": args.limit or LIMITS[what], "seed": args.seed,
                   "dtype": str(subject.model.image_newline.dtype), "device": str(subject.model.device),
                   "plans": [plan_name(subject.config, plan) for plan in subject.config.plans], **record}
         print(f"{what}, {name}\n\n{table}\n", flush=True)
@@ -421,9 +428,10 @@ def save_picture(path, draw, record):
     except ImportError:
         print(f"no {path}: drawing needs matplotlib (pip install matplotlib)", file=sys.stderr)
         return
-    figure = draw(plt, record)
-    with atomic(path) as beside:
-        figure.savefig(beside, dpi=100, format="png")
+    with plt.rc_context({"font.size": 12}):  # legible at half the size
+        figure = draw(plt, record)
+        with atomic(path) as beside:
+            figure.savefig(beside, dpi=100, format="png")
     plt.close(figure)
 
 

@@ -1,10 +1,10 @@
-"""What happens inside a model: where attention goes, how vision changes, what is lost without it (paper section 3).
+"""What happens inside a model: where attention goes, how vision changes, what is lost without it (paper, section 3).
 
 The computations behind Figures 2, 3 and 4; paper.analyse is the command that runs and draws them. Each looks at a model
 as it runs in one configuration, see `whole`: every layer of a dense model, as in the paper.
 
-Letters: B batch, L layers, N tokens (Nq queries, Nk keys), d features, H query heads, Hkv key/value heads, D features of
-a head.
+Letters: B batch, L layers, N tokens (Nq queries, Nk keys, Nv vision), d features, H query heads, Hkv key/value heads,
+D features of a head.
 """
 from itertools import combinations
 
@@ -206,4 +206,4 @@ def easy_and_hard(similarity, kept):
     """The clusters, easy first: that whose tasks keep more of their accuracy without vision in some layers. kept
     (tasks,): that share. One task alone is hard or easy by nothing: ([it], [])."""
     groups = sorted(two_clusters(similarity), key=lambda group: -np.mean(kept[group]))
-    return groups if len(groups) == 2 else [*groups, []]
+    return tuple(groups) if len(groups) == 2 else (*groups, [])
