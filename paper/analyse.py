@@ -18,7 +18,6 @@ import json
 import shlex
 import sys
 from collections import Counter
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -185,7 +184,7 @@ def oracle_choices(subject):
 def cost(subject):
     """Figure 10: the language model's prefill, from one tile's tokens to those of the largest image; no encoder."""
     c = subject.config.unreduced()
-    c = c if c.ca or c.sa else replace(c).add_visor()     # of a dense model: what it would cost as VISOR
+    c = c if c.ca or c.sa else c.add_visor()              # of a dense model: what it would cost as VISOR
     eval_set = subject.eval_set("cost")
     _, text, _ = subject.reference(eval_set, [{"image": 0, "task": eval_set[0][1][0][0]}])
     most = 1 + (c.max_tiles or max(w * h for w, h in c.pinpoints))
@@ -230,7 +229,7 @@ def draw_attention(plt, record):
         for l in record["cross_attention"]:
             axes.axvspan(l - 0.5, l + 0.5, color="tab:blue", alpha=0.12, lw=0,
                          label="cross-attention, not counted" if l == record["cross_attention"][0] else None)
-        axes.set(title=group, ylim=(-0.03, 1.03), xlabel="layer")
+        axes.set(title=group, xlim=(-0.6, len(layers) - 0.4), ylim=(-0.03, 1.03), xlabel="layer")
         axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of attention")
@@ -297,9 +296,10 @@ def draw_configurations(plt, record):
     left.set(title=" | ".join(groups), ylabel="self-attention layers; ov: overview")
     for k, (group, colour) in enumerate(zip(groups, (EASY, "tab:blue", HARD))):  # equal ones stay visible
         right.plot(range(len(rows)), [row[group] for row in rows], "o-", color=colour, label=group, ms=12 - 3 * k)
-    right.set_xticks(range(len(rows)), [f"{row['name']}\n{row['saving']:.1f}x" for row in rows],
-                     rotation=0 if len(rows) < 9 else 90)
-    right.set(ylim=(0, 1.05), ylabel="accuracy", title="by configuration; below, times fewer operations")
+    between, turned = ("\n", 0) if len(rows) < 9 else ("   ", 90)
+    right.set_xticks(range(len(rows)), [f"{row['name']}{between}{row['saving']:.1f}x" for row in rows], rotation=turned)
+    right.set(ylim=(0, 1.05), ylabel="accuracy", title="mean of the tasks",
+              xlabel="self-attention layers, times fewer operations")
     right.grid(alpha=0.3)
     right.legend(loc="lower right")
     return figure
@@ -322,6 +322,7 @@ def bars(plt, axes, record, title):
 
 
 def draw_routes(plt, record):
+    """One panel."""
     figure, axes = plt.subplots(figsize=(9, 1.8 + max(3, 0.27 * len(record["by_task"]))), constrained_layout=True)
     bars(plt, axes, record, "what the router chose")
     return figure

@@ -275,10 +275,11 @@ def test_cost_is_that_of_flops():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Checkpoints "visor" and "dense", and mix.yaml, whose files "easy" and "hard" have three questions each."""
+    """Checkpoints "visor", "dense" and "pruned"; mix.yaml, whose files "easy" and "hard" have 3 questions each."""
     folder = tmp_path_factory.mktemp("analyse")
     visor().save_pretrained(folder / "visor")
     tiny.model(visor=False).save_pretrained(folder / "dense")
+    tiny.model(visor=False, reduce="pyramiddrop:2:.5").save_pretrained(folder / "pruned")
     for k, name in enumerate(("easy", "hard")):
         rows = []
         for i in range(3):
@@ -336,6 +337,7 @@ def test_without_matplotlib(files, tmp_path, capsys, monkeypatch):
     ("--model DIR/visor --data DIR/easy.json --what drop", "give the dense model"),
     ("--model DIR/dense --data DIR/easy.json --what oracle", "no viable configurations"),
     ("--model DIR/dense --data DIR/easy.json --what drop --subsets 17", "--subsets 17: of 6 layers at most 16"),
+    ("--model DIR/pruned --data DIR/easy.json --what attention", "drops visual tokens between its layers"),
     ("--model DIR/dense --data DIR/missing.json", "missing.json"),
     ("--model DIR/missing --data DIR/easy.json", "missing"),
     ("--what cost --out DIR/easy.json", "easy.json"),
