@@ -156,8 +156,9 @@ def linear_cka(x):
 def layer_subsets(layers, n, seed):
     """n different sets of layers in which vision is dropped, ascending tuples: 1 to half of all layers, each number
     equally often, as with fewer layers left hardly any task is more than guessed. Raises ValueError."""
-    if n > 2 ** (layers - 2):
-        raise ValueError(f"--subsets {n}: of {layers} layers at most {2 ** (layers - 2)} subsets are drawn; give fewer")
+    most = 2 ** layers // 4
+    if n > most:
+        raise ValueError(f"--subsets {n}: of {layers} layers at most {most} subsets are drawn; give fewer")
     rng, found = np.random.default_rng(seed), set()
     while len(found) < n:
         size = rng.integers(1, layers // 2 + 1)
