@@ -17,7 +17,7 @@ ORDER = """cli methods config families pictures data flops
            conversation answers costs evaluation checkpoints router stages train sample
            paper.metrics paper.tasks paper.evaluate
            paper.trials paper.numbers paper.systems paper.clock paper.ablate paper.bench paper.miniature paper.routing
-           paper.compare paper.masked paper.equalities paper.verify paper""".split()
+           paper.compare paper.inside paper.analyse paper.masked paper.equalities paper.verify paper""".split()
 # flops.py and every --help answer at once
 NO_TORCH = """methods config families pictures data flops cli answers costs explain toy.world llava.samples
               paper.metrics paper.tasks""".split()
