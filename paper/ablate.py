@@ -1,4 +1,5 @@
-"""The paper's Tables 3 and 4 on the miniature: how many self-attention layers; one universal model, or many.
+"""The paper's Tables 3, 4 and 10 on the miniature: how many self-attention layers; one universal model, or many; half
+the data, or twice as much (every step has quilts of its own).
 
     python -m paper.ablate               every run of three seeds that is not in out/ablate yet, then the tables
     python -m paper.ablate --only "none alone" --seed 1   these alone; two processes can share the work
@@ -26,7 +27,8 @@ STEPS = 1200  # of stage 2, as `python train.py` does
 RUNS = {  # name: (configurations, times STEPS, dense model)
     "none alone": ([()], 1, "with"), "4 alone": ([(4,)], 1, "with"), "4,7 alone": ([(4, 7)], 1, "with"),
     "4,7,10 alone": ([(4, 7, 10)], 1, "with"), "universal": (world.VIABLE, 1, "with"),
-    "universal, twice": (world.VIABLE, 2, "with"), "universal, control": (world.VIABLE, 1, "without")}
+    "universal, half": (world.VIABLE, 0.5, "with"), "universal, twice": (world.VIABLE, 2, "with"),
+    "universal, control": (world.VIABLE, 1, "without")}
 RESULTS = Path(__file__).parent / "results" / "ablate.json"
 
 
@@ -40,14 +42,14 @@ def experiment(name, seed, args):
         model.add_cross_attention(world.CA, world.SA, configurations, ())
         for stage in (1, 2):
             recipe = RECIPES[stage]
-            steps = recipe["steps"] if stage == 1 else STEPS * times
+            steps = recipe["steps"] if stage == 1 else int(STEPS * times)
             settings = {**recipe, "steps": steps, "seed": seed, "turns": 10, "save_every": 10**9}
             model = train.train(model, stage, out, settings)
         model = model.to(args.dtype)  # it has learned in float32
         results = all_results(model, world.eval_set(seed, args.questions), model.config.plans)
         rows = router.summarise(model.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows
         rows = [{key: row[key] for key in ("sa", "saving", *world.STRATA, "tasks")} for row in rows]
-        (out / "row.json").write_text(json.dumps({"run": name, "seed": seed, "steps": STEPS * times, "rows": rows}))
+        (out / "row.json").write_text(json.dumps({"run": name, "seed": seed, "steps": int(STEPS * times), "rows": rows}))
     return json.loads((out / "row.json").read_text())
 
 
@@ -81,7 +83,7 @@ def tables(rows, dense):
     alone = [cell(f"{','.join(map(str, v)) or 'none'} alone", v, columns["relations"]) for v in world.VIABLE]
     if any(x != "-" for x in alone):
         lines.append("| trained for it alone | " + " | ".join(alone) + " |")
-    for name in ("universal", "universal, twice", "universal, control"):
+    for name in [name for name in RUNS if name.startswith("universal")]:
         if any(row["run"] == name for row in rows):
             lines.append(f"| {name} | " + " | ".join(cell(name, v, columns["relations"]) for v in world.VIABLE) + " |")
     return "\n".join(lines)
