@@ -227,7 +227,7 @@ def test_bad_words_give_one_line(folder, model, capsys, tmp_path, monkeypatch, w
     for name in ("out", "empty"):
         (tmp_path / name).mkdir()
     write(tmp_path / "out/mme.jsonl", [])
-    write(tmp_path / "empty/log.jsonl", [{"step": 1}, "[1]", "damaged"])
+    write(tmp_path / "empty/log.jsonl", [{"step": 1}, "[1]", "damaged", {"task": "gqa"}])
     status, out, err = call(capsys, *words)
     assert status == 2 and out == "" and err.splitlines()[-1].startswith(f"error: {message}"), err
     assert "Traceback" not in err

@@ -107,7 +107,10 @@ def test_a_request_that_cannot_be_asked_costs_no_other(stand_in, model, capsys):
     instance = driven(model, "--sa", "1")
     first, *bad, last = instance.generate_until(requests(instance, asked))
     assert first == last != "" and bad == ["", "", ""]
-    assert capsys.readouterr().err.splitlines()[-1].startswith("3 of 5 requests could not be answered, as: the quest")
+    told, stop = capsys.readouterr().err, first[-1]
+    assert instance.generate_until(requests(instance, [("hi", [image], how | {"until": [stop]})])) == [
+        lmms.cut(first, stop)] != [first]
+    assert told.splitlines()[-1].startswith("3 of 5 requests could not be answered, as: the quest")
 
 
 def test_flags_decide_what_runs(stand_in, model, monkeypatch):  # noqa: F811
