@@ -15,7 +15,7 @@ ORDER = """cli methods config families pictures data flops
            report parallel
            layout layers encoders.siglip encoders reduction arrange pruning explain cache_tree decoding weights model
            conversation answers costs evaluation checkpoints router stages train sample
-           paper.metrics paper.tasks paper.evaluate
+           paper.metrics paper.tasks paper.evaluate paper.lmms
            paper.trials paper.numbers paper.systems paper.clock paper.ablate paper.bench paper.miniature paper.routing
            paper.compare paper.inside paper.analyse paper.masked paper.equalities paper.verify paper""".split()
 # flops.py and every --help answer at once
