@@ -1,5 +1,5 @@
-"""The paper's Tables 3, 4 and 10 on the miniature: how many self-attention layers; one universal model, or many; half
-the data, or twice as much (every step has quilts of its own).
+"""The paper's Tables 3, 4 and 10 on the miniature: how many self-attention layers; one universal model, or many; with
+half the data, or twice as much (every step has quilts of its own).
 
     python -m paper.ablate               every run of three seeds that is not in out/ablate yet, then the tables
     python -m paper.ablate --only "none alone" --seed 1   these alone; two processes can share the work
@@ -49,7 +49,8 @@ def experiment(name, seed, args):
         results = all_results(model, world.eval_set(seed, args.questions), model.config.plans)
         rows = router.summarise(model.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows
         rows = [{key: row[key] for key in ("sa", "saving", *world.STRATA, "tasks")} for row in rows]
-        (out / "row.json").write_text(json.dumps({"run": name, "seed": seed, "steps": int(STEPS * times), "rows": rows}))
+        row = {"run": name, "seed": seed, "steps": int(STEPS * times), "rows": rows}
+        (out / "row.json").write_text(json.dumps(row))
     return json.loads((out / "row.json").read_text())
 
 

@@ -130,7 +130,7 @@ def looked(m, x):
         h = block.layer_norm1(x)
         looks.append([f(h).view(*h.shape[:2], m.config.vision_heads, -1)
                       for f in (block.self_attn.q_proj, block.self_attn.k_proj)])
-        x = block(x)
+        x, *_ = block(x)
     return x, looks
 
 
