@@ -81,7 +81,7 @@ class Config:
     overview: tuple = ()            # those that it is trained for over an image's base tile alone
     router: bool = False            # it has a policy that chooses among them (paper 4.3)
     route_threshold: float = 1.0    # the router takes the costliest configuration at least as likely; 1: the likeliest
-    pixel_threshold: float = 0.9    # it is content with the overview from this probability on
+    pixel_threshold: float = 0.7    # it is content with the overview from this probability on
     stop_ids: tuple = ()            # tokens that end an answer, beside <|im_end|>
     # history
     stage: str = "random"           # what made the weights: random, pretrained, 0, 1, 2, 3
