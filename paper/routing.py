@@ -32,11 +32,16 @@ def experiment(seed, left_out, args):
     if (out / "rows.json").is_file():
         return json.loads((out / "rows.json").read_text())
     shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    answered = Path(args.out) / f"{stamp(NANO)}-seed-{seed}-labels.jsonl"  # the same, whatever is left out
+    if answered.is_file():
+        shutil.copy(answered, out / "labels.jsonl")
     model = VLM.from_pretrained(NANO, device=args.device).remove_router()
     torch.manual_seed(seed)
     model.add_router(conservative_threshold(RECIPES[3]["label_smoothing"], len(model.config.viable)))
     settings = {**RECIPES[3], "seed": seed, "turns": 10, "save_every": 10**9, "leave_out": left_out}
     model = train.train(model, 3, out, settings).to(args.dtype)  # it learns in float32
+    shutil.copy(out / "labels.jsonl", answered)
     results = all_results(model, world.eval_set(seed, args.questions), model.config.plans)
     rows = router.summarise(model.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows
     rows = [row for row in rows if row["sa"] is None or row["sa"] == list(model.config.sa)]
