@@ -47,7 +47,7 @@ class Reduction(NamedTuple):
     ratio: float = 1.0    # of a grid: about so many times fewer tokens
     counts: tuple = ()    # of a tile's patches: (by attention, merged or diverse); (): the paper's shares
     share: float = 0.2    # hired: of an image's tokens, what is kept
-    drop: tuple = "hard"  # pyramiddrop: (layers, shares), or the name of one of PYRAMID
+    drop: object = "hard"  # pyramiddrop: (layers, shares), or the name of one of PYRAMID
     scale: float = 0.0    # sparsevlm: tokens for each unit of rank; 0: SPARSE_SHARE of the image's
     # pack: "widen", the connector reads four sub-tokens; downsample: "picture", it is made smaller and not the grid;
     # visionzip: "mean", merged tokens are averaged and not added; sparsevlm: "drop", nothing is recycled; m3: "drawn",

@@ -327,7 +327,7 @@ def run_stage(stage, source, args, out, distributed):
                 warn_untrained(args.reduce, model.config.reduce, source or out)
             model.add_reduction(args.reduce)
         if model.config.reduction.inside:
-            raise ValueError(f"{source}: --reduce {model.config.reduce}: {NOT_INSIDE}, and --reduce none here")
+            raise ValueError(f"--reduce {model.config.reduce}: {NOT_INSIDE}, and --reduce none here")
         settings = first_settings(stage, args, model, samples)
         if stage in (1, 2) and args.viable:
             c = model.config

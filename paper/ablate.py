@@ -10,7 +10,6 @@ steps or seed; then an evaluation of 1,000 held-out questions a task in each of 
 """
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import router
@@ -33,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "ablate.json"
 
 
 def experiment(name, seed, args):
-    """Trains and evaluates one model; its row, also written to out/ablate/NAME-SEED-EXAM/row.json."""
+    """Trains and evaluates one model; its row, also written to out/ablate/WEIGHTS-NAME-SEED-EXAM/row.json."""
     configurations, times, dense = RUNS[name]
     name_in_path = name.replace(", ", "-").replace(" ", "-").replace(",", "")
     out = Path(args.out) / f"{stamp(train.DENSE)}-{name_in_path}-{seed}-{args.exam}"
