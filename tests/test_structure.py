@@ -13,7 +13,8 @@ ORDER = """cli methods config families pictures data flops
            toy.font toy.world toy.muon toy.training toy.__main__ toy
            llava.index llava.mixtures llava.samples llava.batches llava.__main__ llava
            report parallel
-           layout layers encoders.siglip encoders reduction arrange pruning explain cache_tree decoding weights model
+           layout layers encoders.siglip encoders.fastvithd encoders reduction arrange pruning explain cache_tree
+           decoding weights model
            conversation answers costs evaluation checkpoints router stages train sample
            paper.metrics paper.tasks paper.evaluate paper.lmms
            paper.trials paper.numbers paper.systems paper.clock paper.ablate paper.bench paper.miniature paper.routing
