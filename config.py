@@ -261,6 +261,17 @@ class Config:
         self._check_layers()
         return self
 
+    def bound_pixels(self, args):
+        """Follows --min-pixels and --max-pixels of a command's namespace. Raises ValueError."""
+        given = {name: n for name in ("min_pixels", "max_pixels") if (n := getattr(args, name)) is not None}
+        for name, n in given.items():
+            flag = "--" + name.replace("_", "-")
+            if self.aspect != "dynamic":
+                raise ValueError(f"{flag} {n}: this model sees tiles of {self.tile} pixels; leave it out")
+            setattr(self, name, checked(name, n, flag))
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"--min-pixels {self.min_pixels}: must not be above --max-pixels {self.max_pixels}")
+
     def configuration(self, text, flag="--sa"):
         """The self-attention layers that `text` asks for: "dense", "none" or "1,4,7". Returns an ascending tuple.
         flag: where it was given, for the error."""
@@ -324,6 +335,16 @@ def group_by_configuration(sa):
     """[(configuration, [samples that run it])] of a list with one configuration for each sample."""
     sa = [tuple(sorted(x)) for x in sa]
     return [(own, [i for i, x in enumerate(sa) if x == own]) for own in dict.fromkeys(sa)]
+
+
+def sa_name(c, sa):
+    """What --sa calls a configuration."""
+    return "dense" if len(sa) == c.layers else ",".join(map(str, sa)) or "none"
+
+
+def plan_name(c, plan):
+    """A Plan's layers, with ov: before them where they run over the overview."""
+    return "ov:" * (plan.pixels == "overview") + sa_name(c, plan.sa)
 
 
 SIZES = {  # of Qwen2

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import data
 from cli import counted
-from config import PIXELS, Plan, branch_layers
-from flops import answer_flops, encoder_flops, llm_flops, pixel_flops, prompt_flops, router_flops, sa_name
+from config import PIXELS, Plan, branch_layers, sa_name
+from flops import answer_flops, encoder_flops, llm_flops, pixel_flops, prompt_flops, router_flops
 
 
 class Route(NamedTuple):

@@ -14,8 +14,7 @@ from tqdm import tqdm
 import data
 import pictures
 from cli import not_finite
-from config import PIXELS, Plan
-from flops import sa_name
+from config import PIXELS, Plan, sa_name
 from layout import upload
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli import Parser, checkpoint_path, counted, run
-from config import PIXELS, PRESETS, checked, preset
+from config import PIXELS, PRESETS, checked, preset, sa_name
 from data import lone_tile, overview_tiling, overview_tokens, tiling
 from families import read_config
 from methods import PICKED, add_flags, given, recycled_count, sparse_count
@@ -223,16 +223,6 @@ def cross_parameters(c):
     return len(c.ca) * (c.hidden * (2 * wide + 2 * narrow + 2 + 8) + wide + 2 * narrow)
 
 
-def sa_name(c, sa):
-    """What --sa calls a configuration."""
-    return "dense" if len(sa) == c.layers else ",".join(map(str, sa)) or "none"
-
-
-def plan_name(c, plan):
-    """A Plan's layers, with ov: before them where they run over the overview."""
-    return "ov:" * (plan.pixels == "overview") + sa_name(c, plan.sa)
-
-
 # --- the command ----------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
@@ -278,14 +268,18 @@ def settings(args):
         raise ValueError(f"--model {args.model}: no such preset or directory; give one of {', '.join(PRESETS)}, nano")
     if not c.ca and not c.sa:
         c.add_visor()
-    return c if args.reduce is None else replace(c, reduce=args.reduce)
+    c.bound_pixels(args)
+    return replace(c, reduce=c.reduce if args.reduce is None else args.reduce)
 
 
 def images(args, c):
-    """The data.Tilings of the prompt's images."""
+    """The data.Tilings of the prompt's images. Raises ValueError."""
+    c.allowed_pixels(args.pixels, ())
     if args.pixels == "overview":
         return [overview_tiling(c)]
     if args.tiles:
+        if c.aspect == "dynamic":
+            raise ValueError("--tiles: this model sees an image without tiles; give its size with --image")
         tokens = c.reduction.tokens(c.patches, args.tiles)
         return [lone_tile(c)._replace(grid=(1, args.tiles - 1), newlines=0, tokens=tokens)]
     sizes = []

@@ -233,11 +233,14 @@ def for_step(config, seed, step):
 
 
 def add_flags(parser, what="the visual tokens of each image become fewer"):
-    """--reduce and --pack of a command."""
+    """--reduce and --pack of a command, and the flags of encoders without tiles."""
     parser.add_argument("--reduce", metavar="METHOD", help=f"{what}: {', '.join(FORMS)}; with settings visionzip:"
                         "104+24, m3:4 (m3 alone: 8 times fewer), hired:0.2, ...; pyramiddrop and sparsevlm need the "
                         "dense configuration; none: all tokens (default: as the checkpoint says)")
     parser.add_argument("--pack", metavar="R", help="the same as --reduce pack:R, about R times fewer tokens a tile")
+    for name, what in (("min", "fewer is enlarged"), ("max", "more is shrunk")):
+        parser.add_argument(f"--{name}-pixels", type=int, metavar="N", help=f"Qwen2-VL: a picture of {what} (default: "
+                            "as the checkpoint says)")
 
 
 def given(parser, args, not_inside=None):

@@ -10,8 +10,8 @@ import numpy as np
 
 import data
 from cli import atomic
-from config import Plan
-from flops import encoder_flops, llm_flops, pixel_flops, plan_name, router_flops
+from config import Plan, plan_name
+from flops import encoder_flops, llm_flops, pixel_flops, router_flops
 
 
 class Report:

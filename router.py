@@ -21,9 +21,9 @@ import torch.nn.functional as F
 import data
 import report
 from cli import Parser, append_rows, atomic, checkpoint_path, free_threads, placement, run
-from config import Plan
+from config import Plan, plan_name, sa_name
 from evaluation import accuracy, all_results, evaluate, opened
-from flops import llm_flops, plan_name, sa_name
+from flops import llm_flops
 from llava.samples import Samples, eval_questions, reference_prompt
 from methods import add_flags, given, warn_untrained
 from model import VLM
@@ -303,6 +303,7 @@ def main(argv=None):
     torch.set_num_threads(args.threads or free_threads())
     directory = Path(checkpoint_path(args.model))
     model = VLM.from_pretrained(directory, args.dtype, placement(args.device))
+    model.config.bound_pixels(args)
     if args.reduce is not None:
         warn_untrained(args.reduce, model.config.reduce, args.model)
         model.add_reduction(args.reduce)

@@ -39,7 +39,8 @@ from methods import add_flags, given, warn_untrained
 
 # Keys that --batch adds to a row; the flags that answers depend on
 RESULT = "run", "answer", "tokens", "sa", "pixels", "reduce", "routed", "text_tokens", "vision_tokens", "flops", "error"
-ASKED = "model", "sa", "pixels", "budget", "reduce", "max_tokens", "temperature", "top_p", "seed"
+ASKED = ("model", "sa", "pixels", "budget", "reduce", "min_pixels", "max_pixels", "max_tokens", "temperature", "top_p",
+         "seed")
 
 
 def parse(argv=None):
@@ -206,6 +207,7 @@ def load_model(args):
     model = VLM.from_pretrained(checkpoint_path(args.model), args.dtype, device)
     if args.compile:
         model.compile()
+    model.config.bound_pixels(args)
     if args.reduce is not None:
         warn_untrained(args.reduce, model.config.reduce, args.model)
         model.add_reduction(args.reduce)

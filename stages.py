@@ -141,6 +141,9 @@ def go_on_with(settings, checkpoint, stage, args, model, samples):
                        args.viable and any(set(asked[x]) != set(model.config.configurations(x)) for x in asked))
     if args.reduce not in (None, model.config.reduce):
         passed_over.append(f"--reduce {args.reduce} (it has {model.config.reduce or 'none'})")
+    for name in ("min_pixels", "max_pixels"):
+        if getattr(args, name) not in (None, own := getattr(model.config, name)):
+            passed_over.append(f"--{name.replace('_', '-')} {getattr(args, name)} (it has {own})")
     if passed_over:
         print(f"--resume goes on with stage {stage} in the run's own settings and does not follow "
               f"{', '.join(passed_over)}; for others begin in another --out", file=sys.stderr)

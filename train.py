@@ -29,10 +29,9 @@ from tqdm import tqdm
 import router
 from checkpoints import SETTINGS, drop_rows_after, locked, newest, read_state, restore, save
 from cli import Parser, Unwritable, append_rows, checkpoint_path, free_threads, interrupts, placement, run
-from config import Plan, checked
+from config import Plan, checked, plan_name
 from evaluation import all_results
 from families import read_config
-from flops import plan_name
 from llava.samples import Samples, eval_questions, reference_prompt
 from methods import add_flags, given, warn_untrained
 from model import VLM
@@ -174,6 +173,9 @@ def start(model, stage, out, s, first, checkpoint, samples, distributed):
         block.forward = partial(run_twice, block.forward, use_reentrant=False, preserve_rng_state=False)
     if s["compile"]:
         model.compile()
+    if s["fsdp"] and model.config.aspect == "dynamic":
+        raise ValueError("--fsdp: this encoder runs once for each size of picture, and processes that share it out "
+                         "would not run it equally often; leave --fsdp out")
     if s["fsdp"]:
         shard(model, s["dtype"] == "bfloat16")
     opts = optimizers(model, s["lr"], miniature=samples is None)
@@ -322,6 +324,7 @@ def run_stage(stage, source, args, out, distributed):
         samples = Samples(args.data, args.images, model.tokenizer, model.config, s.get("label_rule", "assistant"),
                           s.get("max_tokens"), s.get("seed", 0))
     if not checkpoint:
+        model.config.bound_pixels(args)
         if args.reduce is not None:
             if stage == 3:  # before that it is what is learned
                 warn_untrained(args.reduce, model.config.reduce, source or out)

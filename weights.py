@@ -25,6 +25,15 @@ NAMES = (
     ("language_model.model.", "language_model."),
     ("language_model.lm_head.", "lm_head."),
     ("vision_tower.vision_model.", "vision_tower."),
+    # FastVLM, by transformers and by Apple, who numbers the parts of stages through
+    ("model.vision_tower.timm_model.", "vision_tower."),
+    *((f"model.vision_tower.vision_tower.model.{theirs}.", f"vision_tower.{ours}.") for theirs, ours in (
+        ("patch_embed", "stem"), ("network.0", "stages.0.blocks"), ("network.1", "stages.1.downsample"),
+        ("network.2", "stages.1.blocks"), ("network.3", "stages.2.downsample"), ("network.4", "stages.2.blocks"),
+        ("network.5", "stages.3.downsample"), ("network.6", "stages.3.pos_emb"), ("network.7", "stages.3.blocks"),
+        ("network.8", "stages.4.downsample"), ("network.9", "stages.4.pos_emb"), ("network.10", "stages.4.blocks"),
+        ("conv_exp", "final_conv"))),
+    ("model.vision_tower.vision_tower.model.head.", None),  # CLIP's
     # lmms-lab
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
@@ -48,6 +57,9 @@ NAMES = (
     ("logit_scale", None),
     ("logit_bias", None),
 )
+INSIDE = (  # then, inside of names: Apple's, as patterns
+    (r"\.lkb_reparam\.", ".reparam_conv."), (r"\.convffn\.", ".mlp."), (r"\.se\.reduce\.", ".se.fc1."),
+    (r"\.se\.expand\.", ".se.fc2."), (r"\.(layer_scale(_[12])?)$", r".\1.gamma"))
 EMBEDDING = "language_model.embed_tokens.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 MEND = "get the checkpoint's files again"
@@ -87,6 +99,8 @@ def our_name(key, config):
             break
     if key is None or UNUSED.match(key):
         return None
+    for pattern, ours in INSIDE:
+        key = re.sub(pattern, ours, key)
     layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", key)
     return None if layer and int(layer[1]) >= config.vision_layers else key  # SigLIP's last layer is not used
 

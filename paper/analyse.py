@@ -26,7 +26,8 @@ import torch
 
 from cli import NANO, Parser, atomic, checkpoint_path, free_threads, placement, run
 from evaluation import accuracy, all_results
-from flops import plan_name, prompt_flops, sa_name
+from config import plan_name, sa_name
+from flops import prompt_flops
 from llava.samples import Samples, eval_questions, reference_prompt
 from model import VLM
 from paper import inside

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from cli import Parser, choose_dtype, run, timer
-from config import PAPER_VIABLE, preset
+from config import PAPER_VIABLE, preset, sa_name
 from data import collate, tiling
 from encoders.siglip import VisionTower
-from flops import answer_flops, cache_bytes, connector_flops, llm_flops, router_flops, sa_name, tower_flops
+from flops import answer_flops, cache_bytes, connector_flops, llm_flops, router_flops, tower_flops
 from layout import Past, make_layout
 from model import Connector, LanguageModel
 from paper import clock

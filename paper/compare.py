@@ -17,9 +17,9 @@ from typing import NamedTuple
 import data
 import train
 from cli import NANO, Parser, run
-from config import Plan
+from config import Plan, sa_name
 from evaluation import accuracy, all_results
-from flops import by_layer, connector_flops, prompt_flops, sa_name, tower_flops
+from flops import by_layer, connector_flops, prompt_flops, tower_flops
 from model import VLM
 from paper.routing import cell
 from paper.trials import add_flags, parse, save, stamp

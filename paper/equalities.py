@@ -9,9 +9,9 @@ from itertools import cycle
 import torch
 
 from cli import timer
+from config import sa_name
 from data import Prompt, chatml, collate, encode, join, place_images, split_shared
 from decoding import Steps
-from flops import sa_name
 from paper.masked import masked_logits
 
 TOKENS = 32  # of each greedy answer

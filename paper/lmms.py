@@ -156,7 +156,8 @@ def parse(argv=None):
     args, more = p.parse_known_args(argv)
     if any(word.split("=")[0] == "--model_args" for word in more):
         p.error("--model_args: give --model, --sa, ... as flags")
-    ours = [f"--{name}={value}" for name, value in vars(args).items() if name != "tasks" and value is not None]
+    ours = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
+            if name != "tasks" and value is not None]
     return sample.parse(["--batch", "lmms-eval", *ours]), ["--tasks", args.tasks] * (args.tasks is not None) + more
 
 

@@ -16,9 +16,8 @@ import numpy as np
 import data
 import train
 from cli import NANO, Parser, placement, run
-from config import Plan
+from config import Plan, sa_name
 from evaluation import accuracy, all_results
-from flops import sa_name
 from model import VLM
 from paper.systems import machine
 from report import pyplot

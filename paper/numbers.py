@@ -8,17 +8,28 @@ tokens, against dense over 729 tokens a tile. "nominal" is the ratio of visual t
 from dataclasses import replace
 
 from config import preset
+from data import tiling
 from flops import by_layer, cross_parameters, expected_tokens, llm_flops, llm_parameters, prompt_flops
 
 CONFIG = preset("llava-ov-0.5b")
 DENSE, FULL = tuple(range(24)), CONFIG.viable[-1]
 TILES, TEXT = 5, 40
+FEW = preset("llava-ov-0.5b-fastvithd").patches ** 2  # tokens a tile (appendix K, Table 11)
+
+
+QWEN, PICTURE = preset("qwen2-vl-2b"), (1036, 1036)  # appendix H, Table 6
 
 
 def saving(sa=DENSE, tokens=729, tiles=TILES):
     """Dense over 729 tokens a tile, divided by configuration sa over `tokens` a tile."""
     return (llm_flops(CONFIG, DENSE, TEXT, tiles * 729, paper=True)
             / llm_flops(CONFIG, sa, TEXT, round(tiles * tokens), paper=True))
+
+
+def on_qwen(sa):
+    """Dense Qwen2-VL-2B over a picture, divided by configuration sa."""
+    dense, own = (llm_flops(QWEN, x, TEXT, tiling(*PICTURE, QWEN).tokens, paper=True) for x in (range(28), sa))
+    return dense / own
 
 
 def reduced(reduce, sa=DENSE):
@@ -48,9 +59,12 @@ def rows():
          "an average over routed samples, between 2 and 4 layers"),
         ("VISOR-TR, packing 2", "up to 18x", several([(1, 4), (1, 4, 7)], 361), "likewise, between 2 and 3 layers"),
         ("VISOR-TR, more packing", "35x", several([(1, 4), (1, 4, 7)], 196), "packing 4, between 2 and 3 layers"),
-        ("FastVLM, 36 tokens a tile, dense", "20x", f"{saving(tokens=36):.1f}x, nominal {729 / 36:.1f}x",
+        ("FastVLM, 36 tokens a tile, dense", "20x", f"{saving(tokens=FEW):.1f}x, nominal {729 / FEW:.1f}x",
          "the paper's is nominal"),
-        ("VISOR with FastVLM", "60x", several([(1, 4, 7, 16), FULL], 36), "20x nominal times 3x, as its text says"),
+        ("VISOR with FastVLM", "60x", several([(1, 4, 7, 16), FULL], FEW), "20x nominal times 3x, as its text says"),
+        ("VISOR on Qwen2-VL-2B", "Table 6", "; ".join(f"{','.join(map(str, sa))}: {on_qwen(sa):.1f}x" for sa in (
+            (1, 4), (1, 4, 7), (1, 4, 7, 19))), f"{tiling(*PICTURE, QWEN).tokens:,} visual tokens; a picture's number "
+         "follows its size"),
         ("several images", "over 3x", f"4 images, {visor[FULL]}{saving(FULL, 730, 4):.1f}x", ""),
         ("parameters added", "under 7.5 %", f"{cross_parameters(CONFIG) / llm_parameters(CONFIG):.1%}",
          "grouped keys and values; the paper does not say its heads"),

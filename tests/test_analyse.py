@@ -11,9 +11,9 @@ from PIL import Image
 
 import data
 from cli import run
-from config import Plan
+from config import Plan, plan_name
 from evaluation import accuracy
-from flops import plan_name, prompt_flops
+from flops import prompt_flops
 from paper import analyse, inside, masked
 from router import summarise
 from tests import tiny

@@ -245,8 +245,8 @@ def test_the_command_answers(backbone, flags, tmp_path, capsys):
     name, m = backbone
     m.save_pretrained(tmp_path / "m")
     tiny.image(90, 200).save(tmp_path / "x.png")
-    assert call(sample.main, "--image", tmp_path / "x.png", "--q", "what?", "--model", tmp_path / "m", "--max-tokens", 4,
-                "--json", "--explain", tmp_path / "e.png", "--device", "cpu", *flags) == 0
+    assert call(sample.main, "--image", tmp_path / "x.png", "--q", "what?", "--model", tmp_path / "m", "--max-tokens",
+                4, "--json", "--explain", tmp_path / "e.png", "--device", "cpu", *flags) == 0
     report = json.loads(capsys.readouterr().out)
     c = VLM.from_pretrained(tmp_path / "m").config
     c.reduce = report["reduce"]
@@ -282,7 +282,8 @@ def test_settings_that_do_not_go_with_qwen2_vl(change, message):
         tiny.config(**{**tiny.BACKBONES["qwen2-vl"], **change})
 
 
-@pytest.mark.parametrize("change", [dict(tile=100), dict(patch=32), dict(vision_hidden=96), dict(reduce="hired")], ids=str)
+@pytest.mark.parametrize("change", [dict(tile=100), dict(patch=32), dict(vision_hidden=96), dict(reduce="hired")],
+                         ids=str)
 def test_settings_that_do_not_go_with_fastvithd(change):
     with pytest.raises(ValueError, match="FastViTHD|SigLIP"):
         tiny.config(**{**tiny.BACKBONES["fastvlm"], **change})

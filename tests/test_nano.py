@@ -7,10 +7,9 @@ import data
 import router
 import sample
 from cli import NANO
-from config import Plan
+from config import Plan, sa_name
 from conversation import Conversation
 from evaluation import accuracy, all_results
-from flops import sa_name
 from model import VLM
 from toy import world
 from train import DENSE

@@ -14,7 +14,8 @@ ORDER = """cli methods config pictures data families flops
            llava.index llava.mixtures llava.samples llava.batches llava.__main__ llava
            report parallel
            layout layers encoders.siglip encoders.fastvithd encoders.qwen2_vl encoders reduction arrange pruning explain
-           cache_tree decoding weights model conversation answers costs evaluation checkpoints router stages train sample
+           cache_tree decoding weights model
+           conversation answers costs evaluation checkpoints router stages train sample
            paper.metrics paper.tasks paper.evaluate paper.lmms
            paper.trials paper.numbers paper.systems paper.clock paper.ablate paper.bench paper.miniature paper.routing
            paper.compare paper.inside paper.analyse paper.masked paper.equalities paper.verify paper""".split()
