@@ -112,7 +112,7 @@ def ask(model, question, choose, pixels):
         raise question
     (text, images), c = question, model.config
     single = len(images) == 1
-    shared, own = data.split_shared(data.chatml([data.place_images(text, len(images))]))
+    shared, own = data.split_shared(data.chatml([data.place_images(text, len(images), c)]))
     images = [x if isinstance(x, Image.Image) else pictures.load_image(x) for x in images]
     shared = data.encode(shared, model.tokenizer, [data.process_image(x, c, single) for x in images])
     own = data.encode(own, model.tokenizer, start=shared.end)

@@ -2,6 +2,7 @@
 
 What the encoder made of each tile comes in as Pieces, which is what is kept between questions about an image.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,16 +22,28 @@ class Pieces(NamedTuple):
         return Pieces(*(x[rows] for x in self))
 
 
+def by_size(pixels):
+    """[[the numbers of arrays (tiles, 3, height, width) of one size], ...], without those that have no tiles."""
+    groups = {}
+    for i, x in enumerate(pixels):
+        if len(x):
+            groups.setdefault(x.shape[1:], []).append(i)
+    return groups.values()
+
+
 def arrange(pieces, tiling, newline, c):
-    """Pieces -> (tokens, d): base tile, then the grid unpadded, each row ended by the vector newline (d,). Where
-    patches are picked, those of the base tile and then those of the grid."""
-    side, d, newline = tiling.side, c.hidden, newline[None]            # (1, d)
+    """Pieces -> (tokens, d): base tile, then the grid unpadded, each row ended by the vector newline (d,), or None
+    of a model without. Where patches are picked, those of the base tile and then those of the grid."""
+    side, d = tiling.cells[0], c.hidden
+    newline = pieces.features.new_zeros(1, d) if newline is None else newline[None]  # (1, d)
     if c.reduction.picks:
         picked = pieces.features.flatten(0, 1)[places(pieces, tiling, c)[0]]
         return torch.cat([picked, newline.expand(tiling.newlines, d)])
-    tiles = pieces.features if pieces.features.shape[1] == side * side else pool(pieces.features, side)
+    tiles = pieces.features
+    if tiles.shape[1] != math.prod(tiling.cells):
+        tiles = pool(tiles, tiling.patches, tiling.cells)
     base = tiles[0]                                                # (side * side, d)
-    if tiling.canvas is None:                                      # one of several images: a lone tile
+    if tiling.canvas is None:                                      # a lone tile, or an image without tiles
         return torch.cat([base, newline[:tiling.newlines]])
     (rows, columns), (crop_r, crop_c) = tiling.grid, tiling.crop
     grid = tiles[1:].view(rows, columns, side, side, d).transpose(1, 2).reshape(rows * side, columns * side, d)

@@ -15,7 +15,7 @@ from layout import KV, LayerCache, Past, TokenLayout, compute_dtype, make_layout
 
 class Segment(NamedTuple):
     """Tokens that came in together: a prompt, or the images and then each question, each answer."""
-    positions: tuple       # t_pos (B, Nt), v_pos and v_img (B, Nv) in numpy
+    positions: tuple       # those of its data.Batch
     past: Past             # what the cache held before them
     layout: TokenLayout
 
@@ -62,7 +62,7 @@ class CacheTree:
             layout = make_layout(*batch.positions, self.past, self.model.config, t.device, compute_dtype(t))
             self.run_node(self.root, t, v, layout)  # first: if it is interrupted, all is as it was
             self.segments.append(Segment(batch.positions, self.past, layout))
-            self.past = self.past.extend(*batch.positions[:2])
+            self.past = self.past.extend(*batch.positions)
 
     def run_node(self, node, t, v, layout):
         """Takes a segment through the layers of a node."""
@@ -125,7 +125,7 @@ class CacheTree:
             positions = tuple(x[rows] for x in positions)
             layout = make_layout(*positions, new.past, self.model.config, like.device, compute_dtype(like))
             new.segments.append(Segment(positions, new.past, layout))
-            new.past = new.past.extend(*positions[:2])
+            new.past = new.past.extend(*positions)
         new.root.stop, new.root.outputs = node.stop, [(t[rows], v[rows]) for t, v in node.outputs]
         new.root.cache = [LayerCache(*(kv.select(rows) for kv in layer)) for layer in node.cache]
         return new

@@ -28,7 +28,9 @@ LIMITS = {
     "rope_theta": (1.0, 1e12), "rms_eps": (1e-12, 1.0), "vision_eps": (1e-12, 1.0),
     **dict.fromkeys(("route_threshold", "pixel_threshold"), (0.0, 1.0)),
     **dict.fromkeys(("tied", "multi_image_newline", "router"), [False, True]),
+    **dict.fromkeys(("min_pixels", "max_pixels"), range(1, 1 << 40)),
     "unpad": ["original", "hf"], "transparency": ["drop", "white"], "world": ["", "toy"],
+    "encoder": ["siglip", "fastvithd", "qwen2_vl"], "aspect": ["anyres", "pad", "dynamic"],
     "stage": ["random", "pretrained", "0", "1", "2", "3"],
 }
 LONGEST = 1024               # entries that a list of settings may have
@@ -59,15 +61,20 @@ class Config:
     rope_theta: float = 1e6
     rms_eps: float = 1e-6
     tied: bool = True               # the output head is the embedding matrix
-    # vision tower: SigLIP, used up to the layer before its last
-    vision_hidden: int = 1152
+    mrope: tuple = ()               # M-RoPE: frequencies that turn by time, row and column; (): all by one position
+    # vision tower, a file of encoders/: SigLIP, used up to the layer before its last
+    encoder: str = "siglip"
+    vision_hidden: int = 1152       # of FastViTHD what comes out; the stages before have less
     vision_layers: int = 26
     vision_heads: int = 16
     vision_ffn: int = 4304
     vision_eps: float = 1e-6
     tile: int = 384                 # pixels per side of one tile
     patch: int = 14                 # pixels per side of one patch; 384 // 14 = 27, the last 6 pixels are never seen
-    # images: anyres
+    # images: "anyres", a base tile and a grid of tiles; "pad", one tile, padded to a square; "dynamic", as they are
+    aspect: str = "anyres"
+    min_pixels: int = 3136          # dynamic: smaller pictures are enlarged, larger ones shrunk
+    max_pixels: int = 12845056
     pinpoints: tuple = PINPOINTS    # allowed grids (columns, rows), in tiles
     max_tiles: int | None = 9       # above about this many tiles' worth of tokens the grid is shrunk; None: never
     unpad: str = "original"         # "original" truncates the unpadded side; "hf" rounds it to 7 digits before
@@ -89,9 +96,24 @@ class Config:
     world: str = ""                 # "toy": it has seen toy/'s quilts and nothing else
 
     @property
+    def cell(self):
+        """Pixels along one side of what the vision tower makes one visual token of: Qwen2-VL joins 2 x 2 patches."""
+        return self.patch * (2 if self.encoder == "qwen2_vl" else 1)
+
+    @property
+    def features(self):
+        """Features of a visual token, as they leave the vision tower."""
+        return self.vision_hidden * (self.cell // self.patch) ** 2
+
+    @property
     def patches(self):
-        """Patches along one side of a tile, as the vision tower sees it."""
-        return self.tile // self.patch
+        """Tokens along one side of a tile, as they leave the vision tower."""
+        return self.tile // self.cell
+
+    @property
+    def has_newlines(self):
+        """Whether rows of a grid of tiles end by a learned vector."""
+        return self.aspect == "anyres"
 
     @property
     def side(self):
@@ -122,6 +144,8 @@ class Config:
         """The pixels that may be chosen with `sa`, a configuration or "auto": "auto" is "all" where none of `allowed`,
         the configurations that may be chosen (None: all), is trained for the overview. Raises ValueError where nothing
         chooses them."""
+        if pixels == "overview" and self.aspect != "anyres":
+            raise ValueError('pixels "overview": this model sees an image without tiles, so there is no base tile')
         if pixels == "auto" and not (sa == "auto" and self.router and self.overview):
             raise ValueError('pixels "auto" go with sa "auto", of a model whose router has learned to choose them')
         none = allowed is not None and not set(map(tuple, allowed)) & set(self.overview)
@@ -166,6 +190,7 @@ class Config:
         if not self.pinpoints or not all(len(p) == 2 and p[0] * p[1] <= 128 for p in self.pinpoints):
             raise ValueError("pinpoints: a list of (columns, rows) is needed, each of at most 128 tiles")
         self.stop_ids = numbers("stop_ids", self.stop_ids, TOKENS)
+        self._check_encoder()
         self._check_layers()
         if not isinstance(self.reduce, str):
             raise ValueError(f"reduce {short(self.reduce)}: must be the name of a method")
@@ -175,6 +200,21 @@ class Config:
             raise ValueError(f"reduce {e}") from None
         if self.router and self.route_layer is None:
             raise ValueError("router true: it needs at least two viable configurations to choose from")
+
+    def _check_encoder(self):
+        if (self.encoder == "qwen2_vl") != (self.aspect == "dynamic"):
+            raise ValueError(f"aspect {self.aspect} does not go with encoder {self.encoder}")
+        if self.encoder == "fastvithd" and (self.tile % 64 or self.patch != 64 or self.vision_hidden % 128):
+            raise ValueError(f"tile {self.tile}, patch {self.patch}, vision_hidden {self.vision_hidden}: FastViTHD "
+                             "needs a multiple of 64, 64, a multiple of 128")
+        if self.encoder == "qwen2_vl" and self.vision_hidden // self.vision_heads % 4:
+            raise ValueError(f"vision_heads {self.vision_heads}: rows and columns turn a quarter of a head's features "
+                             f"each, and {self.vision_hidden // self.vision_heads} have no quarter")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels}: must not be above max_pixels {self.max_pixels}")
+        self.mrope = numbers("mrope", self.mrope, range(1, 1025))
+        if self.mrope and (len(self.mrope) != 3 or 2 * sum(self.mrope) != self.head_dim):
+            raise ValueError(f"mrope {self.mrope}: must be three numbers, {self.head_dim // 2} in all")
 
     def _check_layers(self):
         own = range(self.layers)
@@ -188,6 +228,8 @@ class Config:
                                      f"{self.sa}")
             if len(set(found)) < len(found):
                 raise ValueError(f"{name}: a configuration is named twice")
+        if self.overview and self.aspect != "anyres":
+            raise ValueError(f"overview {short(self.overview)}: an image without tiles has none")
         if not set(self.overview) <= set(self.viable):
             raise ValueError(f"overview {short(self.overview)}: a configuration must be viable over all pixels, too")
 
@@ -213,7 +255,8 @@ class Config:
             at = {l: self.sa[round(i * (len(self.sa) - 1) / 7)] for i, l in enumerate(PAPER_SA) if self.sa}
             viable = dict.fromkeys(tuple(dict.fromkeys(at[l] for l in v)) for v in PAPER_VIABLE if self.sa)
         self.viable = tuple(tuple(sorted(v)) for v in viable)
-        smallest = sorted(self.viable, key=len)[:1] if len(self.viable) > 1 else ()
+        has_overview = len(self.viable) > 1 and self.aspect == "anyres"
+        smallest = sorted(self.viable, key=len)[:1] if has_overview else ()
         self.overview = tuple(tuple(sorted(v)) for v in (smallest if overview is None else overview))
         self._check_layers()
         return self
@@ -283,10 +326,19 @@ def group_by_configuration(sa):
     return [(own, [i for i, x in enumerate(sa) if x == own]) for own in dict.fromkeys(sa)]
 
 
+SIZES = {  # of Qwen2
+    "0.5b": {}, "1.5b": dict(hidden=1536, layers=28, heads=12, kv_heads=2, head_dim=128, ffn=8960),
+    "7b": dict(hidden=3584, layers=28, heads=28, kv_heads=4, head_dim=128, ffn=18944, tied=False)}
+FASTVITHD = dict(encoder="fastvithd", vision_hidden=3072, vision_layers=44, vision_heads=24, vision_ffn=6144, patch=64,
+                 vision_eps=1e-5)
+FASTVLM = dict(**FASTVITHD, tile=1024, aspect="pad", multi_image_newline=False, tied=False)
+QWEN2_VL = dict(encoder="qwen2_vl", aspect="dynamic", multi_image_newline=False, mrope=(16, 24, 24), vision_hidden=1280,
+                vision_layers=32, vision_heads=16, vision_ffn=5120)
 PRESETS = {
-    "llava-ov-0.5b": {},
-    "llava-ov-1.5b": dict(hidden=1536, layers=28, heads=12, kv_heads=2, head_dim=128, ffn=8960),  # the paper's own
-    "llava-ov-7b": dict(hidden=3584, layers=28, heads=28, kv_heads=4, head_dim=128, ffn=18944, tied=False)}
+    **{f"llava-ov-{size}": c for size, c in SIZES.items()},  # the 1.5B is the paper's own
+    "llava-ov-0.5b-fastvithd": dict(**FASTVITHD, tile=384),  # likewise (appendix K)
+    **{f"fastvlm-{size}": {**c, **FASTVLM} for size, c in SIZES.items()},
+    "qwen2-vl-2b": SIZES["1.5b"] | QWEN2_VL, "qwen2-vl-7b": SIZES["7b"] | QWEN2_VL}
 
 
 def preset(model):

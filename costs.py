@@ -1,4 +1,5 @@
 """What the questions of a run cost: operations as they were run, and those of dense asked the same."""
+import math
 import textwrap
 from collections import Counter
 from typing import NamedTuple
@@ -6,8 +7,7 @@ from typing import NamedTuple
 import data
 from cli import counted
 from config import PIXELS, Plan, branch_layers
-from flops import (answer_flops, connector_flops, llm_flops, pixel_flops, prompt_flops, router_flops, sa_name,
-                   tower_flops)
+from flops import answer_flops, encoder_flops, llm_flops, pixel_flops, prompt_flops, router_flops, sa_name
 
 
 class Route(NamedTuple):
@@ -35,15 +35,17 @@ class Costs:
 
     def __init__(self, config, images, dense_vision):
         self.config, self.plain, self.dense_vision = config, config.unreduced(), dense_vision
-        self.tiles = sum(image.tiling.tiles for image in images)
-        self.encoded = Counter()  # tiles, of each conversation (what makes one: all of a Route but what ran)
+        self.encoder = {"all": encoder_flops(config, [image.tiling for image in images]),
+                        "overview": encoder_flops(config, [data.overview_tiling(config)])}
+        self.dense_encoder = encoder_flops(self.plain, [image.tiling for image in images])
+        self.encoded = Counter()  # operations, of each conversation (what makes one: all of a Route but what ran)
         self.ran, self.total, self.questions = {}, Counter(), 0  # ran: of each cache (configuration, layers) so far
 
     def encode(self, route, pixels):
         """Operations of encoding the tiles that a conversation has not encoded yet."""
-        tiles = max(0, (self.tiles if pixels == "all" else 1) - self.encoded[route[:3]])
-        self.encoded[route[:3]] += tiles
-        return tower_flops(self.config, tiles) + connector_flops(self.config, tiles)
+        flops = max(0, self.encoder[pixels] - self.encoded[route[:3]])
+        self.encoded[route[:3]] += flops
+        return flops
 
     def add(self, route, prefix, prompt, answer):
         """FLOPs of one more question: what was spent on it, and what was saved over all so far. prefix, prompt: over
@@ -74,10 +76,10 @@ class Costs:
             ran.append((sa, stop))
         llm = prefill + answer_flops(c, route.ran.sa, shared + own, route.layer_tokens or seen, answer)
 
-        everything, tiles = range(c.layers), self.tiles if new else 0
+        everything = range(c.layers)
         dense = llm_flops(c, everything, shared, self.dense_vision, head=False, layers=everything if new else ())
         dense += llm_flops(c, everything, own, 0, shared, self.dense_vision)
-        dense_encoder = tower_flops(self.plain, tiles) + connector_flops(self.plain, tiles)
+        dense_encoder = self.dense_encoder if new else 0
         dense_llm = dense + answer_flops(c, everything, shared + own, self.dense_vision, answer)
 
         self.questions += 1
@@ -99,3 +101,24 @@ def summary(config, report, questions):
                          f"{report['text_tokens']} text + {counted(report['vision_tokens'], 'visual token')}; "
                          f"language model {flops['llm'] / 1e9:,.4g} GFLOP{so_far}; encoder {s['encoder']:.2f} s, "
                          f"prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}", 80)
+
+
+def within_budget(c, budget, text, vision, dense_vision):
+    """The viable configurations whose prompt, router included, costs at most `budget` of dense, the costliest first.
+    Raises ValueError.
+
+    Dense has the `dense_vision` visual tokens that the prompt has without reduction.
+    """
+    dense = llm_flops(c, range(c.layers), text, dense_vision)
+    router = router_flops(c, text, vision) if c.router else 0
+    costs = {sa: (llm_flops(c, sa, text, vision) + router) / dense for sa in c.viable}
+    if not costs:
+        raise ValueError("--budget: this checkpoint has no viable configurations; give --sa instead")
+    if not vision:  # then all cost the same
+        return sorted(costs, key=len, reverse=True)
+    affordable = sorted([sa for sa in costs if costs[sa] <= budget], key=costs.get, reverse=True)
+    if not affordable:
+        cheapest = min(costs, key=costs.get)
+        raise ValueError(f"--budget {budget:g}: the cheapest viable configuration, --sa {sa_name(c, cheapest)}, costs "
+                         f"{math.ceil(costs[cheapest] * 1000) / 1000:g} of dense; raise the budget to that")
+    return affordable

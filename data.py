@@ -1,19 +1,17 @@
 """An image and a conversation become arrays: tiles (anyres), ChatML, token positions, batches.
 
-LLaVA-OneVision's input side, without torch. `tiling` is the one place that knows how many visual tokens an image of a
-given size costs; `pixels`, the model and flops.py all follow it. What differs from the original code is said at the
-line that differs. Training files are read in llava/ (`python -m llava --check FILE`, `--show FILE`).
+The input side of LLaVA-OneVision, FastVLM and Qwen2-VL, without torch. `tiling` is the one place that knows how many
+visual tokens an image of a given size costs; `pixels`, the model and flops.py all follow it. What differs from the
+original code is said at the line that differs. Training files are read in llava/ (`python -m llava --check FILE`,
+`--show FILE`).
 """
-import json
 import math
 import re
 from bisect import bisect_left
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer
 
 import methods
 from cli import counted
@@ -37,34 +35,63 @@ class Tiling(NamedTuple):
     interpolated: bool  # above max_tiles' worth of tokens the grid is interpolated down to `size`
     newlines: int    # image_newline vectors: one a row, or one after a lone tile
     tokens: int      # visual tokens in all, newlines included
-    side: int        # tokens along one side of a tile, or of the grid that a reduction picks from
+    cells: tuple     # (rows, columns) of a tile's tokens, or of the grid that a reduction picks from
+    patches: tuple   # (rows, columns) of tokens that the encoder makes of a tile
+    mrope: bool = False  # rotary positions of its tokens count rows and columns
 
     @property
     def tiles(self):
         return 1 + self.grid[0] * self.grid[1]
 
 
-def tiling(width, height, config, single_image=True, max_tiles=None):
-    """Tile grid and token count of an image of width x height pixels (LLaVA-OneVision, anyres_max_9 + spatial_unpad).
+def lone_tile(config):
+    """The Tiling of an image of one tile, padded to a square."""
+    newlines, side = int(config.has_newlines and config.multi_image_newline), config.side
+    return Tiling(None, None, (0, 0), (0, 0), (0, 0), False, newlines,
+                  config.reduction.tokens(config.patches) + newlines, (side, side), (config.patches,) * 2)
+
+
+def dynamic_tiling(width, height, config):
+    """The Tiling of an image without tiles (Qwen2-VL): as large as it is, to multiples of a token's 28 pixels, within
+    config's min_pixels and max_pixels. Raises SampleError."""
+    cell = config.cell
+    if max(width, height) > 200 * min(width, height):
+        raise SampleError("oversized image", f"an image of {width} x {height} is more than 200 times as long as wide, "
+                          "which this encoder does not take; crop it")
+    h, w = (round(x / cell) * cell for x in (height, width))  # half to even; 0 where it is too small in any case
+    if h * w > config.max_pixels:
+        shrink = math.sqrt(height * width / config.max_pixels)
+        h, w = (max(cell, math.floor(x / shrink / cell) * cell) for x in (height, width))
+    elif h * w < config.min_pixels:
+        grow = math.sqrt(config.min_pixels / (height * width))
+        h, w = (math.ceil(x * grow / cell) * cell for x in (height, width))
+    patches = h // cell, w // cell
+    rows, columns = cells = config.reduction.grid(patches)
+    return Tiling(None, (w, h), (0, 0), (0, 0), (0, 0), False, 0, rows * columns, cells, patches, bool(config.mrope))
+
+
+def tiling(width, height, config, single_image=True):
+    """Tile grid and token count of an image of width x height pixels (LLaVA-OneVision, anyres_max_9 + spatial_unpad;
+    other families by config.aspect).
 
     Where a reduction picks patches there are no rows any more: no newlines, nothing is interpolated, and with VisionZip
     and VisPruner nothing is unpadded, as in the official code for LLaVA-NeXT; HiRED picks from what sees the picture.
     single_image: it is the only image of its conversation. Of several, each is padded to a square and is one tile.
-    max_tiles: the most tiles that the grid may have, the base tile not counted (default: as many as config allows).
+    Raises SampleError.
     """
     side, tile, reduction = config.side, config.tile, config.reduction
     width, height = reduction.picture(width, height)
-    if not single_image:
-        newlines = int(config.multi_image_newline)
-        return Tiling(None, None, (0, 0), (0, 0), (0, 0), False, newlines,
-                      reduction.tokens(config.patches) + newlines, side)
+    if config.aspect == "dynamic":
+        return dynamic_tiling(width, height, config)
+    if not single_image or config.aspect == "pad":
+        return lone_tile(config)
 
     def fit(grid):  # the larger image area wins, then the smaller waste, then the earlier grid
         w, h = grid[0] * tile, grid[1] * tile
         scale = min(w / width, h / height)
         used = min(int(width * scale) * int(height * scale), width * height)
         return used, used - w * h
-    columns, rows = max([g for g in config.pinpoints if max_tiles is None or g[0] * g[1] <= max_tiles], key=fit)
+    columns, rows = max(config.pinpoints, key=fit)
     w, h = columns * tile, rows * tile
     if w / width < h / height:
         resized = w, min(math.ceil(height * (w / width)), h)
@@ -82,25 +109,36 @@ def tiling(width, height, config, single_image=True, max_tiles=None):
     kept_h, kept_w = kept_h - 2 * crop[0], kept_w - 2 * crop[1]
     if reduction.picks:
         tokens = reduction.tokens(side, 1 + rows * columns, side * side + kept_h * kept_w)
-        return Tiling((w, h), resized, (rows, columns), crop, (kept_h, kept_w), False, 0, tokens, side)
+        return Tiling((w, h), resized, (rows, columns), crop, (kept_h, kept_w), False, 0, tokens, (side, side),
+                      (config.patches,) * 2)
 
     times = math.sqrt(kept_h * kept_w / (config.max_tiles * side * side)) if config.max_tiles else 1.0
     interpolated = times > 1.1  # so up to 1.21 * max_tiles tiles' worth stays as it is
     if interpolated:
         kept_h, kept_w = max(1, int(kept_h // times)), max(1, int(kept_w // times))
     return Tiling((w, h), resized, (rows, columns), crop, (kept_h, kept_w), interpolated, kept_h,
-                  side * side + kept_h * (kept_w + 1), side)
+                  side * side + kept_h * (kept_w + 1), (side, side), (config.patches,) * 2)
 
 
-# A byte's value in the network, looked up on the device. Through float64, as Hugging Face's processor: the same bits
-NORMALISED = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+COLOURS = {  # of each encoder: mean and standard deviation of red, green and blue, and the grey beside a padded image
+    "siglip": ([0.5] * 3, [0.5] * 3, 127), "fastvithd": ([0.0] * 3, [1.0] * 3, 0),
+    "qwen2_vl": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711], 0)}
+
+
+def normalised(encoder):
+    """(3, 256) float32: a byte's value in the network, by colour, to be looked up on the device. Through float64, as
+    Hugging Face's processors: the same bits."""
+    mean, std = (np.array(x, np.float32)[:, None] for x in COLOURS[encoder][:2])
+    return ((np.arange(256) * (1 / 255)).astype(np.float32) - mean) / std
 
 
 def pixels(image, tiles, config):
-    """(tiles, 3, tile, tile) uint8: the base tile, then the grid row by row."""
+    """(tiles, 3, height, width) uint8: the base tile, then the grid row by row."""
     size = config.tile, config.tile
-    if tiles.canvas is None:  # one of several images: square on grey 127, then one tile
-        square = Image.new("RGB", (max(image.size),) * 2, (127, 127, 127))
+    if config.aspect == "dynamic":
+        crops = [image.resize(tiles.resized, Image.BICUBIC)]
+    elif tiles.canvas is None:  # one of several images: square on grey, then one tile
+        square = Image.new("RGB", (max(image.size),) * 2, COLOURS[config.encoder][2:] * 3)
         square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
         crops = [square.resize(size, Image.BICUBIC)]
     else:
@@ -115,14 +153,14 @@ def pixels(image, tiles, config):
 
 
 class ProcessedImage(NamedTuple):
-    pixels: np.ndarray  # (tiles, 3, tile, tile) uint8
+    pixels: np.ndarray  # (tiles, 3, height, width) uint8; of most encoders squares
     tiling: Tiling
 
 
-def process_image(image, config, single_image=True, max_tiles=None):
-    """What the model needs of one PIL image. single_image, max_tiles: as in `tiling`. Raises SampleError."""
-    tiles = tiling(*image.size, config, single_image, max_tiles)
-    if not single_image and max(image.size) ** 2 > 2 * Image.MAX_IMAGE_PIXELS:
+def process_image(image, config, single_image=True):
+    """What the model needs of one PIL image. single_image: as in `tiling`. Raises SampleError."""
+    tiles = tiling(*image.size, config, single_image)
+    if tiles.resized is None and max(image.size) ** 2 > 2 * Image.MAX_IMAGE_PIXELS:
         raise SampleError("oversized image",
                           f"an image of {image.width} x {image.height} is too long to be padded to a square; crop it")
     image, size = to_rgb(image, config.transparency), config.reduction.picture(*image.size)
@@ -133,49 +171,28 @@ def process_image(image, config, single_image=True, max_tiles=None):
 
 # --- text -----------------------------------------------------------------------------------------------------------
 
-def load_tokenizer(directory):
-    """The Qwen2 tokenizer of a checkpoint directory. Raises ValueError."""
-    path = Path(directory) / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; copy it from the checkpoint's page or from Qwen/Qwen2-0.5B-Instruct")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.encode("\0")  # fails without a token for what is unknown
-    except Exception as e:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer file ({' '.join(str(e).split())}); get the checkpoint's files "
-                         "again") from None
-    tokenizer.no_truncation()  # what a file says of batches for training would cut prompts, or fill them
-    tokenizer.no_padding()
-    for token in ("<|im_start|>", "<|im_end|>"):
-        if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{path}: has no token {token}; use the tokenizer of a Qwen2 chat model")
-    if tokenizer.token_to_id(IMAGE) is not None:  # llava-hf's; here such words are placeholders or plain text
-        spec = json.loads(tokenizer.to_str())
-        if not isinstance(spec["model"]["vocab"], dict):
-            raise ValueError(f"{path}: {spec['model']['type']}, but Qwen2's tokenizer is BPE; use its own")
-        spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in (IMAGE, "<video>")]
-        spec["model"]["vocab"] = {t: i for t, i in spec["model"]["vocab"].items() if t not in (IMAGE, "<video>")}
-        tokenizer = Tokenizer.from_str(json.dumps(spec))
-    return tokenizer
-
-
-def vocabulary_size(tokenizer):
-    """Rows that the embedding needs; files pad it to more (151936, 152000), with rows that were never trained."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def place_images(question, n):
-    """The question with n placeholders: before it, joined by spaces, then a newline; or where it has them already."""
+def place_images(question, n, config=None):
+    """The question with n placeholders: before it, joined by spaces, then a newline; or where it has them already.
+    config: of a family that writes this another way. Raises ValueError."""
     if not question.isascii() and any("\ud800" <= c <= "\udfff" for c in question):
         raise ValueError("the question is not valid UTF-8; write it anew")
     if not question.replace(IMAGE, "").strip():
         raise ValueError("the question is empty: ask something about the image")
     if IMAGE not in question:
-        return " ".join([IMAGE] * n) + "\n" + question if n else question
+        question = " ".join([IMAGE] * n) + "\n" + question if n else question
     if question.count(IMAGE) != n:
         raise ValueError(f"the question has {question.count(IMAGE)} {IMAGE} but {counted(n, 'image')} given: "
                          "give one image for each, or leave the placeholders out")
-    return question
+    return family_form(question, config)
+
+
+def family_form(turn, config):
+    """A turn of a conversation as LLaVA writes it -> as the family of a Config does. Qwen2-VL: each image between two
+    marks, and nothing between images that stand first, or behind them."""
+    if config is None or config.encoder != "qwen2_vl":
+        return turn
+    turn = re.sub(f"^({IMAGE}[ \n])+", lambda first: IMAGE * first[0].count(IMAGE), turn)
+    return turn.replace(IMAGE, f"<|vision_start|>{IMAGE}<|vision_end|>")
 
 
 def chatml(turns, system=SYSTEM):
@@ -248,6 +265,11 @@ def join(a, b):
     return Prompt(ids, t_pos, v_pos, v_img, images, answer_starts)
 
 
+def overview_tiling(config):
+    """The Tiling of an overview: the base tile and one newline."""
+    return lone_tile(config)._replace(newlines=1, tokens=overview_tokens(config))
+
+
 def overview_tokens(config):
     """Visual tokens of an overview."""
     return config.reduction.tokens(config.patches) + 1
@@ -264,7 +286,7 @@ def overview(prompt, config):
     if not has_overview(prompt):
         return None
     image, = prompt.images
-    lone = tiling(0, 0, config, single_image=False)._replace(newlines=1, tokens=overview_tokens(config))
+    lone = overview_tiling(config)
     return with_tokens(prompt, [lone.tokens])._replace(images=[ProcessedImage(image.pixels[:1], lone)])
 
 
@@ -334,12 +356,13 @@ class Batch(NamedTuple):
     t_pos: np.ndarray    # (B, Nt) int64; PAD, PAD + 1, ... where padded
     v_pos: np.ndarray    # (B, Nv) likewise
     v_img: np.ndarray    # (B, Nv) which image of its prompt; -1 where padded
+    v_rope: np.ndarray   # (B, Nv, 3) M-RoPE: rotary positions beyond v_pos, by time, row and column; else (B, Nv, 0)
     images: list         # of each prompt its ProcessedImages
     answer_starts: list  # of each prompt the positions at which answers begin
 
     @property
     def positions(self):
-        return self.t_pos, self.v_pos, self.v_img
+        return self.t_pos, self.v_pos, self.v_img, self.v_rope
 
     def select(self, rows):
         """Some of the prompts."""
@@ -349,7 +372,23 @@ class Batch(NamedTuple):
 def collate(prompts):
     """Prompts -> Batch."""
     ids, t_pos, v_pos, v_img, images, answer_starts = zip(*prompts)
-    return Batch(pad(ids, 0), pad(t_pos, PAD), pad(v_pos, PAD), pad(v_img, -1), list(images), list(answer_starts))
+    v_pos = pad(v_pos, PAD)
+    v_rope = rope_offsets(images, v_pos.shape[1])
+    return Batch(pad(ids, 0), pad(t_pos, PAD), v_pos, pad(v_img, -1), v_rope, list(images), list(answer_starts))
+
+
+def rope_offsets(images, n):
+    """Batch.v_rope of n visual tokens: all of an image have the time of its first, which counts as its rows' and its
+    columns' beginning, too (Qwen2-VL, 2.1)."""
+    tilings = [[x.tiling for x in own] for own in images]
+    out = np.zeros((len(images), n, 3 * any(t.mrope for own in tilings for t in own)), np.int64)
+    for row, own in zip(out, tilings if out.size else ()):
+        parts = []
+        for t in own:
+            at = np.arange(t.tokens)
+            parts.append(np.stack([0 * at, at // t.cells[1], at % t.cells[1]], axis=1) - at[:, None])
+        row[:sum(map(len, parts))] = np.concatenate([row[:0], *parts])
+    return out
 
 
 def pad(rows, filler):
@@ -367,7 +406,8 @@ def with_blank(batch, config):
     blank = process_image(Image.new("RGB", (config.tile,) * 2), config, single_image=False)
     shape = len(batch.ids), blank.tiling.tokens
     v_pos = np.tile(PAD + np.arange(shape[1]), (shape[0], 1))
-    return batch._replace(v_pos=v_pos, v_img=np.full(shape, -1), images=[[blank], *batch.images[1:]])
+    images = [[blank], *batch.images[1:]]
+    return batch._replace(v_pos=v_pos, v_img=np.full(shape, -1), v_rope=rope_offsets(images, shape[1]), images=images)
 
 
 def target_mask(labels, t_pos):

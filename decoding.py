@@ -82,7 +82,7 @@ class Steps:
     def __init__(self, model, runs, sa, cache, left):
         """Arguments: as in `decode`."""
         self.model, self.sa, self.cache, self.left = model, sa, cache, left
-        self.runs, dtype = [], compute_dtype(model.image_newline)
+        self.runs, dtype = [], compute_dtype(model.language_model.norm.weight)
         for start, stop, past in runs:
             layout = DecodeLayout(past, past.text + past.vision, left, model.config, model.device, dtype)
             self.runs.append((start, stop, layout))

@@ -67,7 +67,7 @@ def evaluate(model, eval_set, plans, done=(), progress=True):
     once, and encoded once with the same pixels; what configurations have in common is computed once for all of them,
     as they walk one CacheTree. plans: of config.Plan. done, progress: as in image_batches.
     """
-    prefix, _ = data.split_shared(data.chatml([data.place_images("?", 1)]))  # system text and image
+    prefix, _ = data.split_shared(data.chatml([data.place_images("?", 1, model.config)]))  # system text and image
     model.config.check_reduction([plan.sa for plan in plans])
     numbers = {pixels: [i for i, plan in enumerate(plans) if plan.pixels == pixels] for pixels in PIXELS}
     routed = model.router is not None and tuple(plans) == model.config.plans
@@ -98,7 +98,7 @@ def score_answers(model, pairs, tree, pixels="all", routed=False):
     routed: also which of them the router chooses, "route", and whether it is content with these pixels, "enough"."""
     prompts, labels = [], []                                                 # what follows the images
     for question, answer in pairs:
-        text = data.split_shared(data.chatml([data.place_images(question, 1)]))[1]  # behind the image
+        text = data.split_shared(data.chatml([data.place_images(question, 1, model.config)]))[1]  # behind it
         prompt, label = data.labelled([(text, False), (answer + "<|im_end|>", True)], model.tokenizer, start=tree.end)
         prompts.append(prompt)
         labels.append(label)

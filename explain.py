@@ -78,8 +78,8 @@ def attention_to_images(model, prompt, answer, sa):
 def places_of(pieces, tiling, c):
     """Of one image's visual tokens: where they lie, and into which others were merged, (tokens,) each; as in Look."""
     from arrange import places
-    n, (rows, columns), (h, w), (down, along) = tiling.side, tiling.grid, tiling.size, tiling.crop
-    base, grid = np.arange(n * n), n * n + np.arange(h * w).reshape(h, w)
+    (n, m), (rows, columns), (h, w), (down, along) = tiling.cells, tiling.grid, tiling.size, tiling.crop
+    base, grid = np.arange(n * m), n * m + np.arange(h * w).reshape(h, w)
     found, merged = np.full(tiling.tokens, -1), np.zeros(tiling.tokens, bool)
     if c.reduction.picks:
         cells = np.pad(grid, ((down, down), (along, along)), constant_values=-1)  # of all tiles, as one
@@ -118,7 +118,8 @@ def draw(path, images, processed, config, report, look, questions=1):
     look: of attention_to_images; questions: how many the report's saving is over.
     """
     images = [fit(image, 900, 900) for image in images]  # nothing is drawn larger
-    where = [boxes(image, p.tiling, len(images) == 1) for image, p in zip(images, processed)]
+    padded = config.aspect == "pad" or len(images) > 1 and config.aspect == "anyres"
+    where = [boxes(image, p.tiling, padded) for image, p in zip(images, processed)]
     kept, merged = (heat(x, look.places, processed) for x in (look.kept, look.merged))
     columns = 6
     cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
@@ -179,9 +180,9 @@ def heat(weights, places, processed):
     (visual tokens,) names, zero in all others."""
     maps, ends = [], np.cumsum([p.tiling.tokens for p in processed])[:-1]
     for p, w, at in zip(processed, np.split(weights, ends), np.split(places, ends)):
-        side, (rows, columns) = p.tiling.side, p.tiling.size
-        cells = np.bincount(at + 1, w, 1 + side * side + rows * columns)[1:]  # without what has no place
-        own = cells[:side * side].reshape(side, side), cells[side * side:].reshape(rows, columns)
+        base, (rows, columns) = math.prod(p.tiling.cells), p.tiling.size
+        cells = np.bincount(at + 1, w, 1 + base + rows * columns)[1:]  # without what has no place
+        own = cells[:base].reshape(p.tiling.cells), cells[base:].reshape(rows, columns)
         maps.append([x for x in own if x.size])
     return maps
 
@@ -208,12 +209,12 @@ def kept_note(kept, merged, where, added, config):
     return note + f"; {counted(added, 'merged token')} without a place" * (added > 0)
 
 
-def boxes(image, tiling, alone):
-    """Where a picture lies on its maps: for each, (left, top, right, bottom) in cells. alone: it is the only one."""
-    side = tiling.side
-    if not alone:  # it was padded to a square
+def boxes(image, tiling, padded):
+    """Where a picture lies on its maps: for each, (left, top, right, bottom) in cells. padded: it lies in a square."""
+    side = tiling.cells[0]
+    if padded:
         return [tuple(x * side / max(image.size) for x in square_box(*image.size))]
-    found = [(0, 0, side, side)]  # the base tile is stretched
+    found = [(0, 0, *tiling.cells[::-1])]  # the base tile is stretched; an image without tiles is as it is
     if tiling.canvas and all(tiling.size):
         canvas, resized, crop, size, grid = map(np.array, (tiling.canvas, tiling.resized, tiling.crop[::-1],
                                                            tiling.size[::-1], tiling.grid[::-1]))  # (x, y) each
@@ -236,7 +237,7 @@ def montage(images, maps, where, width):
     for image, own, own_boxes in zip(images, maps, where):
         total = np.zeros(image.size[::-1])
         for heat_map, box in zip(own, own_boxes):
-            # Attention per area: base tile and grid show the same image; of several, each is part of a square
+            # Attention per area: base tile and grid show the same image; one that was padded is part of a square
             cells = (box[2] - box[0]) * (box[3] - box[1]) if len(images) == 1 else heat_map.size
             total += stretched((heat_map * cells).astype(np.float32), box, image.size, Image.BICUBIC)
         layers.append(total.clip(0))

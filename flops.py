@@ -24,18 +24,39 @@ from typing import NamedTuple
 
 from cli import Parser, checkpoint_path, counted, run
 from config import PIXELS, PRESETS, checked, preset
-from data import overview_tokens, tiling
+from data import lone_tile, overview_tiling, overview_tokens, tiling
 from families import read_config
 from methods import PICKED, add_flags, given, recycled_count, sparse_count
 
 # --- operations -----------------------------------------------------------------------------------------------------
 
 
-def tower_flops(c, tiles):
-    """The SigLIP tower over `tiles` tiles, and what a reduction does there to choose among their patches."""
-    n, d = c.patches ** 2, c.vision_hidden
+def encoder_flops(c, tilings):
+    """Vision tower and connector over images, of which these are the data.Tilings."""
+    return sum(tower_flops(c, t.tiles, t.patches) + connector_flops(c, t.tiles, t.patches) for t in tilings)
+
+
+def tower_flops(c, tiles, patches=None):
+    """The vision tower over `tiles` tiles, and what a reduction does there to choose among their patches. patches:
+    (rows, columns) of tokens of each tile (default: those of a square one)."""
+    tokens = math.prod(patches or (c.patches,) * 2)
+    if c.encoder == "fastvithd":
+        return tiles * fastvithd_flops(c.vision_hidden, tokens)
+    n, d, frames = tokens * (c.cell // c.patch) ** 2, c.vision_hidden, 1 + (c.encoder == "qwen2_vl")
     layer = 2 * n * (4 * d * d + 2 * d * c.vision_ffn) + 4 * n * n * d
-    return tiles * (2 * n * 3 * c.patch ** 2 * d + c.vision_layers * layer + selection_flops(c))
+    return tiles * (2 * n * 3 * frames * c.patch ** 2 * d + c.vision_layers * layer + selection_flops(c))
+
+
+def fastvithd_flops(width, tokens):
+    """FastViTHD, with `width` features at its end, over a picture that becomes so many tokens."""
+    d, n = width // 32, tokens << 8                                    # of the first stage: features, places
+    total = 4 * n * 27 * d + n * (9 * d + d * d)                       # the stem, which begins at twice that
+    for stage, depth in enumerate((2, 12, 24, 4, 2)):
+        d, n = width // 32 << stage, tokens << 8 - 2 * stage
+        mixer = 9 * d if stage < 3 else 4 * d * d + 2 * n * d          # a convolution, or attention
+        total += n * depth * (mixer + 49 * d + 8 * d * d)
+        total += n * ((stage > 0) * (49 * d + d * d) + (stage > 2) * 49 * d)  # downsampling, position encoding
+    return 2 * (total + 9 * tokens * width + width * width // 8)       # the last, squeeze and excitation
 
 
 def selection_flops(c):
@@ -51,11 +72,15 @@ def selection_flops(c):
     return scores + (2 * n * n * d if r.method == "vispruner" else 0)
 
 
-def connector_flops(c, tiles):
-    """The connector over the tokens of `tiles` tiles, of which some methods make fewer before it."""
-    r = c.reduction
-    tokens = r.tokens(c.patches) if r.method == "pack" or r.method in PICKED else c.patches ** 2
-    return 2 * tiles * tokens * (c.vision_hidden * (4 if r.option == "widen" else 1) * c.hidden + c.hidden ** 2)
+def connector_flops(c, tiles, patches=None):
+    """The connector over the tokens of `tiles` tiles, of which some methods make fewer before it. patches: as in
+    `tower_flops`."""
+    r, patches = c.reduction, patches or (c.patches,) * 2
+    tokens = math.prod(r.grid(patches) if r.method == "pack" else patches)
+    if r.method in PICKED:
+        tokens = r.tokens(c.patches)
+    inside = c.features if c.encoder == "qwen2_vl" else c.hidden
+    return 2 * tiles * tokens * (c.features * (4 if r.option == "widen" else 1) * inside + inside * c.hidden)
 
 
 def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False, head=True, layers=None):
@@ -198,29 +223,6 @@ def cross_parameters(c):
     return len(c.ca) * (c.hidden * (2 * wide + 2 * narrow + 2 + 8) + wide + 2 * narrow)
 
 
-# --- budgets --------------------------------------------------------------------------------------------------------
-
-def within_budget(c, budget, text, vision, dense_vision):
-    """The viable configurations whose prompt, router included, costs at most `budget` of dense, the costliest first.
-    Raises ValueError.
-
-    Dense has the `dense_vision` visual tokens that the prompt has without reduction.
-    """
-    dense = llm_flops(c, range(c.layers), text, dense_vision)
-    router = router_flops(c, text, vision) if c.router else 0
-    costs = {sa: (llm_flops(c, sa, text, vision) + router) / dense for sa in c.viable}
-    if not costs:
-        raise ValueError("--budget: this checkpoint has no viable configurations; give --sa instead")
-    if not vision:  # then all cost the same
-        return sorted(costs, key=len, reverse=True)
-    affordable = sorted([sa for sa in costs if costs[sa] <= budget], key=costs.get, reverse=True)
-    if not affordable:
-        cheapest = min(costs, key=costs.get)
-        raise ValueError(f"--budget {budget:g}: the cheapest viable configuration, --sa {sa_name(c, cheapest)}, costs "
-                         f"{math.ceil(costs[cheapest] * 1000) / 1000:g} of dense; raise the budget to that")
-    return affordable
-
-
 def sa_name(c, sa):
     """What --sa calls a configuration."""
     return "dense" if len(sa) == c.layers else ",".join(map(str, sa)) or "none"
@@ -280,24 +282,26 @@ def settings(args):
 
 
 def images(args, c):
-    """(tiles, [visual tokens of each image]) of the prompt."""
+    """The data.Tilings of the prompt's images."""
     if args.pixels == "overview":
-        return 1, [overview_tokens(c)]
+        return [overview_tiling(c)]
     if args.tiles:
-        return args.tiles, [c.reduction.tokens(c.patches, args.tiles)]
+        tokens = c.reduction.tokens(c.patches, args.tiles)
+        return [lone_tile(c)._replace(grid=(1, args.tiles - 1), newlines=0, tokens=tokens)]
     sizes = []
     for text in args.image or ["1024x768"]:
         if not re.fullmatch("[1-9][0-9]{0,6}x[1-9][0-9]{0,6}", text):
             raise ValueError(f"--image {text}: give a size in pixels such as 1024x768")
         sizes.append(tuple(map(int, text.split("x"))))
-    found = [tiling(w, h, c, single_image=len(sizes) == 1) for w, h in sizes]
-    return sum(t.tiles for t in found), [t.tokens for t in found]
+    return [tiling(w, h, c, single_image=len(sizes) == 1) for w, h in sizes]
 
 
-def count(c, configurations, text, images, tiles, answer, batch):
-    """One row of numbers for each configuration; operations and bytes are those of the whole batch. images: the visual
-    tokens of each."""
-    encoder, connector = batch * tower_flops(c, tiles), batch * connector_flops(c, tiles)
+def count(c, configurations, text, tilings, answer, batch):
+    """One row of numbers for each configuration; operations and bytes are those of the whole batch. tilings: of the
+    images."""
+    encoder, connector = (batch * sum(f(c, t.tiles, t.patches) for t in tilings)
+                          for f in (tower_flops, connector_flops))
+    images = [t.tokens for t in tilings]
     vision, rows = expected_tokens(c, text, images), []
     for sa in configurations:
         prefill = batch * prompt_flops(c, sa, text, vision)
@@ -324,10 +328,11 @@ def compare(rows, dense):
 def main(argv=None):
     args = parse(argv)
     c = settings(args)
-    tiles, tokens = images(args, c)
+    tilings = images(args, c)
+    tokens = [t.tokens for t in tilings]
     vision = sum(tokens)
     overview, args.pixels = args.pixels == "overview", "all"  # dense looks at everything
-    dense_tiles, dense_tokens = images(args, c.unreduced())
+    dense_tilings = images(args, c.unreduced())
     every = tuple(range(c.layers))
     asked = [every, *sorted({(), *c.viable}, key=lambda sa: (-len(sa), sa))]
     if c.reduction.inside:
@@ -335,11 +340,11 @@ def main(argv=None):
     if args.sa:
         asked = [c.configuration(text) for text in args.sa]
         c.check_reduction(asked)
-    rows = count(c, asked, args.text, tokens, tiles, args.answer, args.batch)
-    dense = count(c.unreduced(), [every], args.text, dense_tokens, dense_tiles, args.answer, args.batch)[0]
-    report = {"model": args.model, "tiles": tiles, "overview": overview, "visual_tokens": vision,
-              "dense_visual_tokens": sum(dense_tokens), "text_tokens": args.text, "answer_tokens": args.answer,
-              "batch": args.batch, "reduce": c.reduce,
+    rows = count(c, asked, args.text, tilings, args.answer, args.batch)
+    dense = count(c.unreduced(), [every], args.text, dense_tilings, args.answer, args.batch)[0]
+    report = {"model": args.model, "tiles": sum(t.tiles for t in tilings), "overview": overview,
+              "visual_tokens": vision, "dense_visual_tokens": sum(t.tokens for t in dense_tilings),
+              "text_tokens": args.text, "answer_tokens": args.answer, "batch": args.batch, "reduce": c.reduce,
               "visual_tokens_by_layer": [sum(counts) for own, counts in by_layer(c, expected_tokens(
                   c, args.text, tokens)) for _ in own],
               "parameters": {"llm": llm_parameters(c), "cross_attention": cross_parameters(c)},
@@ -360,8 +365,8 @@ def page(c, r):
     out = [r["model"],
            f"  language model  {c.layers} layers, {c.hidden} features, {c.heads} heads ({c.kv_heads} kv), "
            f"MLP {c.ffn:,}",
-           f"  vision tower    {c.vision_layers} layers, {c.vision_hidden} features, {c.patches} x {c.patches} patches "
-           "a tile",
+           f"  vision tower    {c.encoder}, {c.vision_layers} layers, {c.vision_hidden} features, a token for "
+           f"{c.cell} x {c.cell} pixels",
            f"  VISOR           cross-attention in {','.join(map(str, c.ca))}",
            f"                  + {added / 1e6:,.1f} M parameters, {added / r['parameters']['llm']:.1%} of the language "
            f"model's {r['parameters']['llm'] / 1e6:,.1f} M",

@@ -267,10 +267,11 @@ class Connector(nn.Module):
     def __init__(self, c):
         super().__init__()
         widened = 4 if c.reduction.option == "widen" else 1  # sub-tokens
-        self.linear_1 = nn.Linear(c.vision_hidden * widened, c.hidden)
-        self.linear_2 = nn.Linear(c.hidden, c.hidden)
+        inside = c.features if c.encoder == "qwen2_vl" else c.hidden
+        self.linear_1 = nn.Linear(c.features * widened, inside)
+        self.linear_2 = nn.Linear(inside, c.hidden)
 
-    def forward(self, x):  # (..., vision_hidden) -> (..., d)
+    def forward(self, x):  # (..., features) -> (..., d)
         return self.linear_2(F.gelu(self.linear_1(x)))  # the exact GELU here, the tanh one inside SigLIP
 
 

@@ -25,11 +25,15 @@ def gather_rows(x, index):
 
 
 def rope_table(pos, c, dtype=torch.float32):
-    """cos and sin for rotary positions (B, N): (B, N, 1, D) each, worked out in float32.
+    """cos and sin for rotary positions (B, N), of M-RoPE (B, N, 3): (B, N, 1, D) each, worked out in float32.
 
     The sines of a head's first half are negative: x * cos + roll(x, D / 2) * sin turns features i and i + D / 2."""
     freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=pos.device).float() / c.head_dim)  # (D / 2,)
-    angle = pos[..., None, None].float() * freq             # (B, N, 1, D / 2)
+    if pos.ndim == 3:                                       # which of the three turns a frequency
+        pos = torch.cat([pos[..., i:i + 1].expand(-1, -1, n) for i, n in enumerate(c.mrope)], dim=-1)
+        angle = pos[..., None, :].float() * freq
+    else:
+        angle = pos[..., None, None].float() * freq         # (B, N, 1, D / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
@@ -79,15 +83,18 @@ class Past(NamedTuple):
     text: np.ndarray    # (B,) text tokens
     vision: np.ndarray  # (B,) visual tokens
     v_pos: np.ndarray   # (B, largest vision) their positions; PAD where a sample has fewer
+    behind: np.ndarray  # (B,) how far rotary positions are behind the number of tokens: with M-RoPE, by its images
 
     @classmethod
     def empty(cls, batch):
-        return cls(np.zeros(batch, np.int64), np.zeros(batch, np.int64), np.zeros((batch, 0), np.int64))
+        zeros = np.zeros(batch, np.int64)
+        return cls(zeros, zeros, np.zeros((batch, 0), np.int64), zeros)
 
-    def extend(self, t_pos, v_pos):
-        """After new tokens at t_pos (B, Nt), v_pos (B, Nv), padded on the right."""
+    def extend(self, t_pos, v_pos, v_img, v_rope):
+        """After new tokens, as in data.Batch, padded on the right."""
         vision = self.vision + (v_pos < PAD).sum(1)  # (B,) padding does not count
-        return Past(self.text + (t_pos < PAD).sum(1), vision, self.all_v_pos(v_pos)[:, :vision.max(initial=0)])
+        return Past(self.text + (t_pos < PAD).sum(1), vision, self.all_v_pos(v_pos)[:, :vision.max(initial=0)],
+                    self.behind + left_behind(v_img, v_rope).sum(1))
 
     def all_v_pos(self, v_pos):
         """(B, n) positions of the visual tokens by cache position, old ones and new."""
@@ -95,6 +102,32 @@ class Past(NamedTuple):
         out[:, :self.v_pos.shape[1]] = self.v_pos    # what is new goes behind, sample by sample
         np.put_along_axis(out, self.vision[:, None] + np.arange(v_pos.shape[1]), v_pos, axis=1)
         return out
+
+
+# --- rotary positions -----------------------------------------------------------------------------------------------
+
+def left_behind(v_img, v_rope):
+    """(B, Nv): by how much the rotary positions of what follows a visual token are behind the number of tokens. With
+    M-RoPE an image of h x w tokens takes max(h, w) positions: of what its last one has taken, the largest counts."""
+    if not v_rope.shape[2]:
+        return 0 * v_img
+    is_last = np.diff(v_img, axis=1, append=-1) != 0      # the last of an image; padding has -1
+    return np.where(is_last & (v_img >= 0), -v_rope.max(axis=2), 0)
+
+
+def rotary_ids(t_pos, v_pos, v_img, v_rope, past):
+    """Rotary positions of text (B, Nt) and visual tokens (B, Nv); with M-RoPE (B, N, 3): time, row, column. They are
+    those of the whole prompt, whichever stream a layer runs on."""
+    behind = past.behind[:, None]
+    if v_rope.shape[2]:
+        pos = np.concatenate([v_pos, t_pos], axis=1)
+        order = pos.argsort(axis=1, kind="stable")
+        left = np.pad(left_behind(v_img, v_rope), ((0, 0), (0, t_pos.shape[1])))
+        left = np.take_along_axis(left, order, axis=1)
+        before = np.take_along_axis(left.cumsum(1) - left, order.argsort(axis=1), axis=1) + behind  # (B, Nv + Nt)
+        v_ids, t_ids = np.split((pos - before)[..., None], [v_pos.shape[1]], axis=1)
+        return t_ids.repeat(3, axis=2), v_ids + v_rope
+    return t_pos - behind, v_pos - behind
 
 
 # --- token layout ---------------------------------------------------------------------------------------------------
@@ -139,18 +172,19 @@ class TokenLayout(NamedTuple):
         return gather_rows(x, self.inverse_index).split([self.nv, x.shape[1] - self.nv], dim=1)
 
 
-def make_layout(t_pos, v_pos, v_img, past, c, device, dtype=torch.float32):
+def make_layout(t_pos, v_pos, v_img, v_rope, past, c, device, dtype=torch.float32):
     """The TokenLayout of new tokens at t_pos (B, Nt) and v_pos (B, Nv), after what the cache holds (Past).
 
     All arrays are numpy: order, cache positions and image borders are worked out on the host and uploaded in one copy;
-    nothing is read back from the device. v_img (B, Nv): which image a visual token belongs to. dtype: of queries, keys
-    and values, so that no layer has to cast.
+    nothing is read back from the device. v_img, v_rope: as in data.Batch. dtype: of queries, keys and values, so that
+    no layer has to cast.
     """
     batch, nt, nv = *t_pos.shape, v_pos.shape[1]
     pos = np.concatenate([v_pos, t_pos], axis=1)        # (B, Nv + Nt)
     order = pos.argsort(axis=1, kind="stable")          # [v; t] in order of position; padding is last
     inverse = order.argsort(axis=1)
-    rotary = pos                                        # ids of rotary positions: a table apart from the order above
+    # Rotary positions are a table apart from the order above; (B, Nv + Nt), or with M-RoPE (B, Nv + Nt, 3)
+    rotary = np.concatenate(rotary_ids(t_pos, v_pos, v_img, v_rope, past)[::-1], axis=1)
     rows = np.arange(batch)[:, None]                    # (B, 1)
     text_slot = past.text[:, None] + np.arange(nt)      # cache positions of the new tokens, by kind of layer
     joint_slot = (past.text + past.vision)[:, None] + np.arange(nv + nt)
@@ -165,7 +199,7 @@ def make_layout(t_pos, v_pos, v_img, past, c, device, dtype=torch.float32):
                 query_slot=np.take_along_axis(joint_slot, inverse[:, nv:], axis=1),  # of the text in the joint sequence
                 vision_slot=past.vision[:, None] + np.arange(nv), t_pos=t_pos, all_v_pos=all_v_pos,
                 padded_index=np.arange(nv) + 3 * image + rows * (nv + 3 * gaps),     # with three zeros between images
-                text_rotary=rotary[:, nv:], joint_rotary=np.take_along_axis(rotary, order, axis=1))
+                text_rotary=rotary[:, nv:], joint_rotary=rotary[rows, order])
 
     # Rotary tables and masks are made on the device, once a forward; all layers of a kind share them
     text_rope = rope_table(on.text_rotary, c, dtype)
@@ -240,7 +274,7 @@ class DecodeLayout:
         self.lengths = text_len, text_len + int(past.vision.max())  # of layers on text alone, and on both streams
         on = upload(device, rows=np.arange(len(pos))[:, None], number=np.array([-1]), text_slot=past.text[:, None] - 1,
                     joint_slot=(past.text + past.vision)[:, None] - 1, v_pos=past.v_pos, pos=pos[:, None],
-                    all_pos=pos + np.arange(steps)[:, None])  # -1: each step begins by going on, the first one too
+                    all_pos=pos - past.behind + np.arange(steps)[:, None])  # -1: each step begins by going on
         # Of all steps: (steps, 2, B, 1, 1, D); the step's own are looked up
         self.ropes = torch.stack(rope_table(on.all_pos, c, dtype), dim=1)[..., None, :]
         self.number = on.number.clone()                                                          # (1,)
@@ -265,19 +299,21 @@ class DecodeLayout:
         return TokenLayout(0, None, None, text, joint, joint, self.cross)
 
 
-def make_routing_layout(t_pos, v_pos, past, starts, c, device, dtype=torch.float32):
+def make_routing_layout(t_pos, v_pos, v_img, v_rope, past, starts, c, device, dtype=torch.float32):
     """The TokenLayout of routing tokens: the k-th of sample b attends to itself and all before position starts[b, k].
 
-    t_pos (B, Nt), v_pos (B, Nv): the newest tokens, which the cache holds besides `past`; starts (B, K). The routing
-    tokens' own keys are stored behind all others, where the next tokens overwrite them: no other token attends to them.
+    t_pos, v_pos, v_img, v_rope: the newest tokens, as in make_layout, which the cache holds besides `past`; starts
+    (B, K). The routing tokens' own keys are stored behind all others, where the next tokens overwrite them: no other
+    token attends to them.
     """
     text_before = past.text[:, None] + (t_pos[:, None] < starts[..., None]).sum(-1)                    # (B, K)
     joint_before = text_before + past.vision[:, None] + (v_pos[:, None] < starts[..., None]).sum(-1)
     text_end = int(past.text.max()) + t_pos.shape[1]
     joint_end = int((past.text + past.vision).max()) + t_pos.shape[1] + v_pos.shape[1]
     on = upload(device, rows=np.arange(len(starts))[:, None], text_before=text_before, joint_before=joint_before,
-                pos=starts, all_v_pos=past.all_v_pos(v_pos), k=np.arange(starts.shape[1])[None])
-    rope = rope_table(on.pos, c, dtype)
+                pos=starts, all_v_pos=past.all_v_pos(v_pos), k=np.arange(starts.shape[1])[None],
+                rotary=rotary_ids(starts, v_pos, v_img, v_rope, past)[0])
+    rope = rope_table(on.rotary, c, dtype)
 
     def inputs(before, end):
         slots = torch.arange(end + starts.shape[1], device=device)       # all cache positions

@@ -73,6 +73,10 @@ class Reduction(NamedTuple):
             return patches
         return max(1, int(patches / math.sqrt(self.ratio) + 0.5))
 
+    def grid(self, cells):
+        """`side` of (rows, columns)."""
+        return tuple(self.side(n) for n in cells)
+
     def picture(self, width, height):
         """The size in pixels that a picture is given before all else."""
         if self.option != "picture":
@@ -120,6 +124,12 @@ class Reduction(NamedTuple):
     def check(self, c):
         """Raises ValueError where it does not go with a config.Config."""
         name, n = text_of(self), c.patches ** 2
+        if self.picks and c.encoder != "siglip":
+            raise ValueError(f"{name}: patches are scored by SigLIP's attention, and this encoder is {c.encoder}; give "
+                             "pack, downsample or m3")
+        if self.inside and c.mrope:
+            raise ValueError(f"{name}: what is left would not stand in rows and columns, as M-RoPE counts them; give "
+                             "pack, downsample or m3")
         if self.method in PICKED and sum(self.of_tile(c.patches)) > n:
             raise ValueError(f"{name}: keeps {sum(self.of_tile(c.patches))} of a tile's {n} patches; give fewer")
         at = self.drops(c.layers)

@@ -15,14 +15,13 @@ from torch.utils.checkpoint import checkpoint
 import data
 import methods
 import weights
-from arrange import Pieces, arrange
+from arrange import Pieces, arrange, by_size
 from cache_tree import CacheTree
 from cli import not_finite, timer
 from config import Plan, group_by_configuration
 from data import target_mask
 from decoding import NOT_FINITE, generate
-from encoders import normalise, send
-from encoders.siglip import VisionTower
+from encoders import normalise, send, vision_tower
 from flops import llm_flops
 from layers import Block, Connector, CrossAttention, Policy, RMSNorm, linear
 from layout import LayerCache, Past, compute_dtype, make_layout, make_routing_layout, round_up, upload
@@ -71,30 +70,34 @@ class LanguageModel(nn.Module):
 
 # --- the whole model ------------------------------------------------------------------------------------------------
 
+
 class VLM(nn.Module):
     """The whole model. Prompts come from data.encode; `sa` is a configuration: its self-attention layers."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.vision_tower = VisionTower(config)
+        self.vision_tower = vision_tower(config)
         self.multi_modal_projector = Connector(config)
-        self.image_newline = nn.Parameter(torch.randn(config.hidden) * config.hidden ** -0.5)  # ends rows of the grid
+        self.image_newline = None               # ends rows of the grid, where there is one
+        if config.has_newlines:
+            self.image_newline = nn.Parameter(torch.randn(config.hidden) * config.hidden ** -0.5)
         self.language_model = LanguageModel(config)
         self.lm_head = None if config.tied else nn.Linear(config.hidden, config.vocab, bias=False)
         self.router = Policy(config) if config.router else None  # added in stage 3
         self.tokenizer = None                                    # comes with a checkpoint
 
-    device = property(lambda self: self.image_newline.device)
+    device = property(lambda self: self.language_model.norm.weight.device)
+    dtype = property(lambda self: self.language_model.norm.weight.dtype)
 
     def blocks(self):
         """The modules that repeat: what is sharded, or run twice to save memory, one by one."""
-        return [*self.vision_tower.encoder["layers"], *self.language_model.layers, *self.language_model.cross.values()]
+        return [*self.vision_tower.blocks, *self.language_model.layers, *self.language_model.cross.values()]
 
     def compile(self, **how):
         """torch.compile for all that takes tokens one by one, norms, projections, rotary positions and MLPs, and for
-        SigLIP's blocks. Attention over caches and masks of any length is a kernel of its own already: so few graphs
-        serve all layers, configurations, picture sizes and the decoding."""
+        the encoder's blocks. Attention over caches and masks of any length is a kernel of its own already: so few
+        graphs serve all layers, configurations, picture sizes and the decoding."""
         def by_token(f):
             """f, compiled for tokens in one row: one graph for any number of samples and tokens, one for one token."""
             compiled = torch.compile(f, dynamic=True, **how)
@@ -106,7 +109,7 @@ class VLM(nn.Module):
                 shape = inputs[0].shape[:2]
                 return [y.unflatten(0, shape) for y in found] if isinstance(found, tuple) else found.unflatten(0, shape)
             return run
-        for block in self.vision_tower.encoder["layers"]:
+        for block in self.vision_tower.blocks:
             block.compile(dynamic=True, **how)
         for block in self.language_model.layers:
             block.before_attention, block.after_attention = map(by_token, (block.before_attention,
@@ -123,28 +126,30 @@ class VLM(nn.Module):
             return [arrange(p, x.tiling, self.image_newline, self.config) for p, x in zip(pieces, images)]
 
     def pieces(self, images, known=None, timings=None):
-        """What each image's tiles become before they are put in order: arrange.Pieces. All tiles go through the
-        encoder together. known: of each image those of its first tiles, or None. timings: a dict that gains seconds
+        """What each image's tiles become before they are put in order: arrange.Pieces. All tiles of one size go through
+        the encoder together. known: of each image those of its first tiles, or None. timings: a dict that gains seconds
         of "select", what a reduction takes of the encoder's."""
         known = known or [None] * len(images)
         firsts = [0 if k is None else len(k.features) for k in known]
-        new = [x.pixels[first:] for x, first in zip(images, firsts)]                  # (tiles, 3, tile, tile) uint8
-        if not any(map(len, new)):
-            return known
-        tiles, dtype = send(torch.cat([torch.from_numpy(x) for x in new]), self.device), self.image_newline.dtype
-        # 16 at a time bound the memory; in training all at once, as every rank must call the encoder equally often
-        at_once = len(tiles) if torch.is_grad_enabled() else 16
-        parts = [self.piece(normalise(x, dtype), timings) for x in tiles.split(at_once)]
-        found = [x.split(list(map(len, new))) for x in map(torch.cat, zip(*parts))]
-        return [Pieces(*own) if k is None else Pieces(*map(torch.cat, zip(k, own)))
-                for k, *own in zip(known, *found)]
+        new = [x.pixels[first:] for x, first in zip(images, firsts)]                  # (tiles, 3, height, width) uint8
+        out = list(known)
+        for rows in by_size(new):
+            tiles = send(torch.cat([torch.from_numpy(new[i]) for i in rows]), self.device)
+            # 16 at a time bound the memory; in training all at once, as every rank must call the encoder equally often
+            at_once = len(tiles) if torch.is_grad_enabled() else 16
+            parts = [self.piece(normalise(x, self.dtype, self.config), timings) for x in tiles.split(at_once)]
+            found = [x.split([len(new[i]) for i in rows]) for x in map(torch.cat, zip(*parts))]
+            for i, own in zip(rows, zip(*found)):
+                out[i] = Pieces(*own) if known[i] is None else Pieces(*map(torch.cat, zip(known[i], own)))
+        return out
 
     def piece(self, x, timings):
-        """Pixels of tiles (P, 3, tile, tile) -> arrange.Pieces."""
-        looks = dict.fromkeys(observed_layers(self.config))
-        x = self.vision_tower(x, looks)                                              # (P, N, vision_hidden)
-        with timer(timings if self.config.reduce else None, "select", self.device):
-            features, kept, scores = reduce_tiles(x, list(looks.values()), self.config)  # (P, K, ...)
+        """Normalised pixels of tiles (P, 3, height, width) -> arrange.Pieces."""
+        c, looks = self.config, dict.fromkeys(observed_layers(self.config))
+        patches = x.shape[2] // c.cell, x.shape[3] // c.cell
+        x = self.vision_tower(x, looks)                                              # (P, N, features)
+        with timer(timings if c.reduce else None, "select", self.device):
+            features, kept, scores = reduce_tiles(x, patches, list(looks.values()), c)   # (P, K, ...)
         return Pieces(self.multi_modal_projector(features), kept, scores)
 
     def embed(self, batch, timings=None, known=None):
@@ -163,7 +168,7 @@ class VLM(nn.Module):
     def layout(self, batch):
         """The TokenLayout of a data.Batch that nothing comes before."""
         return make_layout(*batch.positions, Past.empty(len(batch.ids)), self.config, self.device,
-                           compute_dtype(self.image_newline))
+                           compute_dtype(self.language_model.norm.weight))
 
     # --- forward ---
 
@@ -260,7 +265,7 @@ class VLM(nn.Module):
         shared, newest = tree.shared(stop), tree.segments[-1]
         most = max(map(len, answer_starts))                    # K
         starts = np.array([list(row) + [row[-1]] * (most - len(row)) for row in answer_starts])  # (B, K)
-        layout = make_routing_layout(*newest.positions[:2], newest.past, starts, self.config, self.device,
+        layout = make_routing_layout(*newest.positions, newest.past, starts, self.config, self.device,
                                      compute_dtype(reader.token))
         token = reader.token.expand(*starts.shape, -1)                                           # (B, K, d)
         return reader(self.language_model.run(token, token[:, :0], layout, shared.sa, 0, stop, shared.cache)[0])
@@ -390,7 +395,7 @@ class VLM(nn.Module):
             raise ValueError(f"this model has cross-attention already, in layers {c.ca}: start from a dense one")
         c.add_visor(ca, sa, viable, overview)
         for l in c.ca:  # copies of their layers' projections, with an output of zero
-            self.init_module(f"language_model.cross.{l}", self.image_newline.dtype, self.device)
+            self.init_module(f"language_model.cross.{l}", self.dtype, self.device)
         return self
 
     def add_router(self, threshold=1.0):
@@ -403,7 +408,7 @@ class VLM(nn.Module):
             raise ValueError(f"a router decides before layer {c.route_layer}, the first that may be skipped, and no "
                              "layer before that one looks at vision; choose other ca or sa")
         c.router, c.route_threshold = True, threshold
-        self.router = Policy(c).to(self.device, self.image_newline.dtype)
+        self.router = Policy(c).to(self.device, self.dtype)
         with torch.no_grad():
             for scores in self.router.children():
                 scores.token *= self.language_model.embed_tokens.weight.std()  # as large as a word's embedding

@@ -89,7 +89,7 @@ class PrunedCache:
         for k, (start, stop) in enumerate(pairwise([0, *r.drops(c.layers), c.layers])):
             batch = data.collate(prompts)
             layout, vision = model.layout(batch), batch.v_pos.shape[1]
-            self.runs.append((start, stop, Past.empty(len(prompts)).extend(batch.t_pos, batch.v_pos)))
+            self.runs.append((start, stop, Past.empty(len(prompts)).extend(*batch.positions)))
             self.counts.append([image_tokens(p) for p in prompts])
             self.numbers.append(numbers)
             self.cache += [LayerCache(KV(round_up(batch.ids.shape[1] + self.capacity) + vision), KV(0))

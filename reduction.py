@@ -48,26 +48,26 @@ def take(x, rows):
 
 # --- before the language model: each tile becomes a smaller grid -----------------------------------------------------
 
-def pack(x, side):
-    """Token packing (paper, appendix I): a tile's n x n patches become side x side tokens of four sub-tokens each.
+def pack(x, patches, cells):
+    """Token packing (paper, appendix I): a tile's patches, (rows, columns) of them, become cells, (h, w), tokens of
+    four sub-tokens each.
 
-    x (P, n * n, c) -> (P, side * side, 4, c), sub-tokens row by row. The grid is interpolated to the even side
-    2 * side, then space-to-depth puts each 2 x 2 square into one token.
+    x (P, rows * columns, c) -> (P, h * w, 4, c), sub-tokens row by row. The grid is interpolated to the even sides
+    2 * h and 2 * w, then space-to-depth puts each 2 x 2 square into one token.
     """
-    n = round(x.shape[1] ** 0.5)
-    grid = F.interpolate(x.transpose(1, 2).unflatten(2, (n, n)), size=2 * side, mode="bilinear")
-    grid = grid.unflatten(3, (side, 2)).unflatten(2, (side, 2))           # (P, c, side, dy, side, dx)
+    h, w = cells
+    grid = F.interpolate(x.transpose(1, 2).unflatten(2, patches), size=(2 * h, 2 * w), mode="bilinear")
+    grid = grid.unflatten(3, (w, 2)).unflatten(2, (h, 2))                 # (P, c, h, dy, w, dx)
     return grid.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
 
-def pool(x, side):
+def pool(x, patches, cells):
     """M3 (Matryoshka Multimodal Models) and Downsample: the mean of what each token of the smaller grid covers.
 
-    x (P, n * n, c) -> (P, side * side, c), after the connector. Each scale comes from the finest, as 27 has no smaller
-    sides that nest; the official kernels make the same grid of M3's scales 4 and 8.
+    x (P, rows * columns, c) -> (P, h * w, c), after the connector; patches, cells: as in `pack`. Each scale comes from
+    the finest, as 27 has no smaller sides that nest; the official kernels make the same grid of M3's scales 4 and 8.
     """
-    n = round(x.shape[1] ** 0.5)
-    return F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, (n, n)), side).flatten(2).transpose(1, 2)
+    return F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, patches), cells).flatten(2).transpose(1, 2)
 
 
 # --- before the language model: some patches of each tile ------------------------------------------------------------
@@ -154,13 +154,14 @@ def hired(first, last, grid, seen, budget, alpha=0.5):
 
 # --- what the vision encoder's part of the model does with them ------------------------------------------------------
 
-def reduce_tiles(x, looks, c):
-    """What a reduction does to each tile by itself, before the connector: x (P, N, c) of the vision tower, looks: (q,
-    k) of each of `observed_layers`. Returns features (P, K, c), or (P, K, 4 * c) packed and widened, and kept and
-    scores as in arrange.Pieces."""
+def reduce_tiles(x, patches, looks, c):
+    """What a reduction does to each tile by itself, before the connector: x (P, N, c) of the vision tower, patches
+    (rows, columns) of them, looks: (q, k) of each of `observed_layers`. Returns features (P, K, c), or (P, K, 4 * c)
+    packed and widened, and kept and scores as in arrange.Pieces."""
     r, none = c.reduction, torch.zeros(len(x), 0, dtype=torch.int64, device=x.device)
-    if r.method == "pack" and (c.side < c.patches or r.option == "widen"):  # one for one, it leaves them as they are
-        x = pack(x, c.side)
+    cells = r.grid(patches)
+    if r.method == "pack" and (cells != patches or r.option == "widen"):  # one for one, it leaves them as they are
+        x = pack(x, patches, cells)
         return x.flatten(2) if r.option == "widen" else x.mean(2), none, none
     if r.method == "visionzip":
         (q, k), = looks

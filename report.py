@@ -11,7 +11,7 @@ import numpy as np
 import data
 from cli import atomic
 from config import Plan
-from flops import connector_flops, llm_flops, pixel_flops, plan_name, router_flops, tower_flops
+from flops import encoder_flops, llm_flops, pixel_flops, plan_name, router_flops
 
 
 class Report:
@@ -30,10 +30,10 @@ class Report:
         self.tiling, dense_tiling = data.tiling(*image_size, config), data.tiling(*image_size, plain)
         everything = tuple(range(config.layers))
         self.dense = llm_flops(plain, everything, text, dense_tiling.tokens)
-        self.dense_encoder = tower_flops(plain, dense_tiling.tiles) + connector_flops(plain, dense_tiling.tiles)
-        seen = {"all": (self.tiling.tokens, self.tiling.tiles), "overview": (data.overview_tokens(config), 1)}
-        self.encoder = {pixels: tower_flops(config, n) + connector_flops(config, n) for pixels, (_, n) in seen.items()}
-        self.cost = {plan: llm_flops(config, plan.sa, text, seen[plan.pixels][0]) for plan in config.plans}
+        self.dense_encoder = encoder_flops(plain, [dense_tiling])
+        seen = {"all": self.tiling, "overview": data.overview_tiling(config)}
+        self.encoder = {pixels: encoder_flops(config, [tiling]) for pixels, tiling in seen.items()}
+        self.cost = {plan: llm_flops(config, plan.sa, text, seen[plan.pixels].tokens) for plan in config.plans}
         self.cost[Plan(everything)] = self.dense
 
     def router_flops(self, plan):

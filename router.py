@@ -197,7 +197,7 @@ class RouterBatches:
         prompts, c = [], self.model.config
         for image, question, *_ in (self.targets[k] for k in drawn):
             processed = data.process_image(opened(self.eval_set[image][0]), c)
-            text = data.chatml([data.place_images(question, 1)])
+            text = data.chatml([data.place_images(question, 1, c)])
             prompts.append(data.encode(text, self.model.tokenizer, [processed]))
         enough, sa = zip(*(self.targets[k][2:] for k in drawn))
         return prompts, torch.tensor(enough), torch.tensor([c.viable.index(own) for own in sa])

@@ -32,8 +32,7 @@ import pictures
 from answers import answers
 from cli import Parser, checkpoint_path, counted, leave, placement, run, signals, writing
 from config import PIXELS
-from costs import Costs, Route, report_of, summary
-from flops import within_budget
+from costs import Costs, Route, report_of, summary, within_budget
 from llava.index import kind_of, parse_sample
 from llava.samples import image_names
 from methods import add_flags, given, warn_untrained
@@ -121,10 +120,10 @@ def check_batch(p, args):
     args.run = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in given)
 
 
-def text_of(question, n):
-    """The prompt of a question about n images. Raises ValueError."""
+def text_of(question, n, config=None):
+    """The prompt of a question about n images, as the family of a Config has it. Raises ValueError."""
     try:
-        return data.chatml([data.place_images(question, n)])
+        return data.chatml([data.place_images(question, n, config)])
     except ValueError as e:
         raise ValueError(f"--q {textwrap.shorten(question, 60, placeholder=' ...')!r}: {e}") from None
 
@@ -222,9 +221,11 @@ def main(argv=None):
     if args.batch:
         return answer_file(args)
     images = [pictures.load_image(path) for path in args.image]  # before the model: mistakes show at once
-    texts = [text_of(q, len(images)) for q in args.q]
+    for q in args.q:
+        text_of(q, len(images))
     model = load_model(args)
     c, single = model.config, len(images) == 1
+    texts = [text_of(q, len(images), c) for q in args.q]
     images = [pictures.to_rgb(image, c.transparency) for image in images]
     processed = [data.process_image(image, c, single) for image in images]
     dense_vision = sum(data.tiling(*image.size, c.unreduced(), single).tokens for image in images)
@@ -279,7 +280,7 @@ def answer_file(args):
 
 def answer_rows_of(args, rows, model):
     """answer_file, once it has --out to itself. Raises SystemExit with status 1 where rows could not be answered."""
-    how = f"{args.run} --dtype {str(model.image_newline.dtype)[6:]}"
+    how = f"{args.run} --dtype {str(model.dtype)[6:]}"
     heads = [json.dumps({**row, "run": how})[:-1] for row, _ in rows]  # how their lines begin
     done, bad = go_on(args.out, heads) if args.out else (0, 0)
     if done:

@@ -90,7 +90,8 @@ def set_trainable(model, stage, joined=False):
         module.requires_grad_(True)
     if connector:
         model.multi_modal_projector.requires_grad_(True)
-        model.image_newline.requires_grad_(joined)
+        if model.config.has_newlines:
+            model.image_newline.requires_grad_(joined)
 
 
 def make_batches(model, stage, out, s, samples, distributed):

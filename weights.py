@@ -16,8 +16,7 @@ from torch import nn
 
 from cli import atomic, choose_dtype, read_json
 from config import short
-from data import load_tokenizer, vocabulary_size
-from families import join_configs, read_config
+from families import join_configs, load_tokenizer, read_config, vocabulary_size
 
 # Names in files -> our names: the first prefix that fits is replaced; None: left out on purpose. What fits none keeps
 # its name, as our own checkpoints do.
@@ -41,6 +40,10 @@ NAMES = (
     ("model.layers.", "language_model.layers."),
     ("model.norm.", "language_model.norm."),
     ("vision_model.", "vision_tower."),
+    # Qwen2-VL on the hub, and transformers' module names
+    *((f"{visual}{theirs}", ours) for visual in ("visual.", "model.visual.") for theirs, ours in (
+        ("merger.ln_q.", "vision_tower.merger_norm."), ("merger.mlp.0.", "multi_modal_projector.linear_1."),
+        ("merger.mlp.2.", "multi_modal_projector.linear_2."), ("", "vision_tower."))),
     ("text_model.", None),
     ("logit_scale", None),
     ("logit_bias", None),
@@ -48,7 +51,8 @@ NAMES = (
 EMBEDDING = "language_model.embed_tokens.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 MEND = "get the checkpoint's files again"
-UNUSED = re.compile(r"vision_tower\.(post_layernorm|head)\.|vision_tower\.embeddings\.position_ids|.*rotary_emb\.")
+UNUSED = re.compile(r"vision_tower\.(post_layernorm|head)\.|vision_tower\.embeddings\.position_ids|.*rotary_emb\."
+                    r"|.*\.num_batches_tracked")
 
 
 def joint_products(c):
@@ -200,13 +204,13 @@ def load(kind, name, dtype, device):
     fresh = check(model, files, unexpected, directories, len(sources) == 2)
     n = sum(p.numel() for p in model.parameters())
     dtype, why = choose_dtype(dtype, device, n)
-    for target, p in list(model.named_parameters()):
+    for target, p in stored(model).items():
         pieces = parts(target, config)
         found = [read(*files[name], rows or p.shape[0]) for name, rows in pieces.items() if name in files]
         if found:  # else its module is new
             owner, _, leaf = target.rpartition(".")
-            tensor = found[0] if len(found) == 1 else torch.cat(found)
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+            tensor = (found[0] if len(found) == 1 else torch.cat(found)).to(device, dtype)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor) if isinstance(p, nn.Parameter) else tensor)
     for module in fresh:
         model.init_module(module, dtype, device)
     model.tokenizer = tokenizer
@@ -215,6 +219,11 @@ def load(kind, name, dtype, device):
     notes += ["RANDOM weights: answers mean nothing"] * (config.stage == "random")
     print(", ".join(notes), file=sys.stderr)
     return model.eval()
+
+
+def stored(model):
+    """{name: tensor} of what a checkpoint holds: the parameters, and the statistics of FastViTHD's norms."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def read(file, key, rows):
@@ -226,7 +235,7 @@ def read(file, key, rows):
 def check(model, files, unexpected, directories, joined):
     """Compares names and shapes before anything is read; returns the modules that may and will start fresh."""
     where, wanted = " + ".join(map(str, directories)), {}  # wanted: {name in files: shape}
-    for target, p in model.named_parameters():
+    for target, p in stored(model).items():
         wanted |= {name: (rows or p.shape[0], *p.shape[1:]) for name, rows in parts(target, model.config).items()}
     missing, unexpected = sorted(set(wanted) - set(files)), sorted([*unexpected, *(set(files) - set(wanted))])
     may_be_new = r"language_model\.cross\.\d+|router" + (r"|multi_modal_projector|image_newline" if joined else "")
@@ -258,7 +267,7 @@ def write(model, directory, tensors):
     with atomic(directory) as beside:
         beside.mkdir()
         (beside / "config.json").write_text(model.config.to_json())
-        tensors = tensors or {k: v.detach() for k, v in model.named_parameters()}
+        tensors = {k: v.detach() for k, v in {**stored(model), **(tensors or {})}.items()}
         write_tensors(as_in_files(tensors, model.config), beside / "model.safetensors")
         shutil.copymode(beside / "config.json", beside / "model.safetensors")  # safetensors makes it private
         if model.tokenizer is not None:

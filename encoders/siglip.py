@@ -60,6 +60,10 @@ class VisionTower(nn.Module):
             "position_embedding": nn.Embedding(c.patches ** 2, c.vision_hidden)})
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(SiglipBlock(c) for _ in range(c.vision_layers))})
 
+    @property
+    def blocks(self):
+        return list(self.encoder["layers"])
+
     def forward(self, x, looks=()):
         """x (tiles, 3, tile, tile) in [-1, 1] -> (tiles, patches * patches, vision_hidden). looks: a dict that gains
         the queries and keys of the layers that it names, for a reduction."""

@@ -9,8 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 import cli
-import data
-from families import read_config
+from families import load_tokenizer, read_config
 from llava.samples import KINDS, Samples
 from pictures import SampleError
 
@@ -108,7 +107,7 @@ def main(argv=None):
                    "(default: all cores)")
     args = p.parse_args(argv)
     model = cli.checkpoint_path(args.model)
-    samples = Samples(args.check if args.show is None else args.show, args.images, data.load_tokenizer(model),
+    samples = Samples(args.check if args.show is None else args.show, args.images, load_tokenizer(model),
                       read_config(model), args.label_rule, args.max_tokens)
     if args.check:
         table, errors = check(samples, args.workers)

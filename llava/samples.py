@@ -7,6 +7,7 @@ training file that router.py evaluates.
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -94,10 +95,11 @@ class Samples:
         system, turns, paths = self.raw(i)
         images = [pictures.load_image(path) for path in paths] or None  # None: text alone
         single_image = len(paths) == 1
+        turns = [data.family_form(text, config) for text in turns]
         pieces = data.turns_to_learn(turns, system) if self.rule == "assistant" else whole_turns(turns, system)
-        for max_tiles in tile_limits(images, config):
+        for c in smaller(images, config):
             # First without pixels, as the length follows from the sizes alone
-            tilings = [data.tiling(*image.size, config, single_image, max_tiles) for image in images or ()]
+            tilings = [data.tiling(*image.size, c, single_image) for image in images or ()]
             unread = None if images is None else [data.ProcessedImage(None, tiling) for tiling in tilings]
             prompt, labels = data.labelled(pieces, self.tokenizer, unread)
             if self.max_tokens is None or prompt.end <= self.max_tokens:
@@ -105,19 +107,25 @@ class Samples:
         else:
             raise SampleError("too long", f"{prompt.end} tokens, at the least, are more than --max-tokens "
                               f"{self.max_tokens}")
-        processed = [data.process_image(image, config, single_image, max_tiles) for image in images or ()]
+        processed = [data.process_image(image, c, single_image) for image in images or ()]
         if self.rule == "llava":
             labels = label_markers(prompt.ids, labels, self.tokenizer)
         return Sample(prompt._replace(images=processed), labels, self.find(i)[0].path.stem)
 
 
-def tile_limits(images, config):
-    """How many tiles the grid of a single image may have, in the order to be tried: None (all), then fewer."""
-    if images is None or len(images) != 1:  # of several images, each is one tile already
-        return [None]
-    rows, columns = data.tiling(*images[0].size, config).grid
-    fewer = {w * h for w, h in config.pinpoints if w * h < rows * columns}
-    return [None, *sorted(fewer, reverse=True)]
+def smaller(images, config):
+    """Yields Configs with which images cost fewer and fewer tokens, the given one first: of a single image the grid has
+    fewer tiles; images without tiles have a quarter less of the largest one's pixels each time."""
+    yield config
+    tilings = [data.tiling(*image.size, config, len(images) == 1) for image in images or ()]
+    if config.aspect == "dynamic":
+        most = max((t.resized[0] * t.resized[1] for t in tilings), default=0)
+        while (most := most * 3 // 4) > config.min_pixels:
+            yield replace(config, max_pixels=most)
+    elif len(tilings) == 1:  # of several images, each is one tile already
+        grids = sorted({w * h for w, h in config.pinpoints if w * h < tilings[0].tiles - 1}, reverse=True)
+        for most in grids if config.aspect == "anyres" else ():
+            yield replace(config, pinpoints=[g for g in config.pinpoints if g[0] * g[1] <= most])
 
 
 # --- conversations --------------------------------------------------------------------------------------------------

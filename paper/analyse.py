@@ -414,7 +414,7 @@ def main(argv=None):
         record, table = analyse(subject)
         record = {"command": f"python -m paper.analyse {shlex.join(sys.argv[1:] if argv is None else argv)}".strip(),
                   "model": name, "data": args.data, "limit": args.limit or LIMITS[what], "seed": args.seed,
-                  "dtype": str(subject.model.image_newline.dtype), "device": str(subject.model.device),
+                  "dtype": str(subject.model.dtype), "device": str(subject.model.device),
                   "plans": [plan_name(subject.config, plan) for plan in subject.config.plans], **record}
         print(f"{what}, {name}\n\n{table}\n", flush=True)
         with atomic(out / f"{what}.json") as beside:

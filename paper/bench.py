@@ -57,7 +57,7 @@ def prefill_seconds(config, configurations, text, vision, repeat, dtype=torch.fl
     t, v = (torch.randn(1, n, config.hidden, device=device(), dtype=dtype) for n in (text, vision))
 
     def prefill(sa):
-        layout = make_layout(t_pos, v_pos, 0 * v_pos, Past.empty(1), config, t.device)
+        layout = make_layout(t_pos, v_pos, 0 * v_pos, np.zeros((1, vision, 0), int), Past.empty(1), config, t.device)
         h = llm(t, v, layout, sa)[:, -1]
         F.linear(h, llm.embed_tokens.weight)
     for sa in configurations:

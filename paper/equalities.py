@@ -37,7 +37,7 @@ def two_streams(model, shown, sa):
 def ask_many(model, shown, configurations):
     """Images once, several questions in all configurations from one cache, against each question with its images."""
     case, n, labels, got, whole = shown[0], len(shown[0].images), [], [], []
-    texts = [chatml([place_images(question, n)]) for question in QUESTIONS[:3]]
+    texts = [chatml([place_images(question, n, model.config)]) for question in QUESTIONS[:3]]
     images = case.prompt.images
     tree = model.prefill([encode(split_shared(texts[0])[0], model.tokenizer, images)], configurations)
     for i, text in enumerate(texts):
@@ -120,7 +120,7 @@ def equalities(report, model, cases):
 def judge(report, name, model, found, tokens=False):
     """The line of a check; tokens: and one about the greedy answers that its logits are of."""
     labels, fast, plain = found
-    dtype, exact = model.image_newline.dtype, None
+    dtype, exact = model.dtype, None
     with torch.compiler.set_stance("force_eager"):  # what was compiled is not the plain way
         fast, reference = host(fast), host(plain())
         if dtype != torch.float32:
@@ -157,7 +157,7 @@ def encoded(model, images, timings=None):
         features = model.encode(images) if images else []
     seen = {id(image): x for image, x in zip(images, features)}
     model.encode = lambda images, known=None, timings=None: [
-        seen[id(x)].to(model.image_newline.dtype) for x in images]
+        seen[id(x)].to(model.dtype) for x in images]
     try:
         yield
     finally:

@@ -43,16 +43,16 @@ def attention(model, eval_set):
 
     def pairs():
         for (_, image, questions), in image_batches(eval_set, model.config, progress=True, batch_size=1):
-            asked = [answered(question, answer, image, model.tokenizer) for _, question, answer in questions]
+            asked = [answered(question, answer, image, model) for _, question, answer in questions]
             yield from zip((task for task, *_ in questions), attention_shares(model, *zip(*asked), sa))
     return mean_by_task(pairs())
 
 
-def answered(question, answer, image, tokenizer):
+def answered(question, answer, image, model):
     """(data.Prompt, n) of a question about one image: its true answer stands behind it, and from the last n tokens that
     answer is predicted, token by token."""
-    text = data.chatml([data.place_images(question, 1)])
-    prompt, labels = data.labelled([(text, False), (answer, True)], tokenizer, [image])
+    text = data.chatml([data.place_images(question, 1, model.config)])
+    prompt, labels = data.labelled([(text, False), (answer, True)], model.tokenizer, [image])
     prompt = prompt._replace(ids=prompt.ids[:-1], t_pos=prompt.t_pos[:-1])  # the last one predicts nothing of it
     return prompt, sum(label >= 0 for label in labels)
 
@@ -97,7 +97,7 @@ def attention_shares(model, prompts, n, sa):
         model.language_model(t, v, model.layout(batch), sa)
     shares = torch.stack(found, dim=1).cpu()
     if not shares.isfinite().all():
-        raise not_finite("the attention", model.image_newline.dtype)
+        raise not_finite("the attention", model.dtype)
     return shares
 
 
@@ -106,14 +106,14 @@ def attention_shares(model, prompts, n, sa):
 def cka(model, eval_set):
     """{task: (S, S)}: similarity of the vision stream between all pairs of layers, see `vision_states`, mean over the
     images that a task's questions are about. The stream knows no question: the image stands before it."""
-    sa, prefix = whole(model.config), data.split_shared(data.chatml([data.place_images("?", 1)]))[0]
+    sa, prefix = whole(model.config), data.split_shared(data.chatml([data.place_images("?", 1, model.config)]))[0]
 
     def pairs():
         for (_, image, questions), in image_batches(eval_set, model.config, progress=True, batch_size=1):
             prompt = data.encode(prefix, model.tokenizer, [image])         # system text and image
             similarity = linear_cka(vision_states(model, prompt, sa)).cpu()
             if not similarity.isfinite().all():
-                raise not_finite("the similarity of vision between layers", model.image_newline.dtype)
+                raise not_finite("the similarity of vision between layers", model.dtype)
             yield from ((task, similarity) for task, *_ in questions)
     return mean_by_task(pairs())
 

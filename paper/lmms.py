@@ -198,7 +198,7 @@ def main(argv=None):
     registry.MODEL_REGISTRY_V2.register_manifest(
         registry.ModelManifest("nanovisor", simple_class_path=f"{__name__}.Driven"), overwrite=True)
     # The rest of the name is for its tables and its caches of answers; a comma would end it
-    name = f"asked={args.run} --dtype {str(model.image_newline.dtype)[6:]}".replace(",", "+")
+    name = f"asked={args.run} --dtype {str(model.dtype)[6:]}".replace(",", "+")
     with TemporaryDirectory() as task:
         if words[:1] == ["--tasks"] and "quilts" in words[1].split(","):
             write_quilts(task)

@@ -16,6 +16,7 @@ def masked_logits(model, prompt, sa):
     position = torch.tensor(prompt.t_pos + prompt.v_pos, device=t.device)
     order = position.argsort()
     position = position[order]                                      # (N,) N = Nt + Nv
+    rotary = torch.tensor(rotary_positions(prompt), device=t.device)  # (N, 3)
     image = torch.tensor([-1] * len(prompt.ids) + prompt.v_img, device=t.device)[order]  # (N,) -1: text
     is_text = image < 0
     before = position[None] < position[:, None]                     # (N, N) row: who looks, column: who is looked at
@@ -23,14 +24,31 @@ def masked_logits(model, prompt, sa):
     x = torch.cat([t[0], v[0]])[order]                              # (N, d) the interleaved sequence
     for l, block in enumerate(lm.layers):
         if l in sa:                                                 # Eq. 3, case 1
-            x = qwen2_layer(block, x, position, causal, c)
+            x = qwen2_layer(block, x, rotary, causal, c)
             continue
         z = x
         if l in c.ca:                                               # case 2, Eq. 2
             z = x + cross_attention(lm.cross[str(l)], x, image, before & ~is_text, c)
-        z = qwen2_layer(block, z, position, causal & is_text, c)    # case 3: text looks at text
+        z = qwen2_layer(block, z, rotary, causal & is_text, c)      # case 3: text looks at text
         x = torch.where(is_text[:, None], z, x)                     # vision passes by
     return model.head(lm.norm(x[is_text]))
+
+
+def rotary_positions(prompt):
+    """[(time, row, column)] of each token in order: of text, and of an image's tokens without M-RoPE, a counter thrice.
+    With it an image's tokens count from where the counter stands, which goes on behind the largest."""
+    counter, found, before = 0, [], -1
+    tokens = sorted([(p, -1) for p in prompt.t_pos] + list(zip(prompt.v_pos, prompt.v_img)))
+    for position, image in tokens:
+        tiling = prompt.images[image].tiling if image >= 0 else None
+        if tiling is None or not tiling.mrope:
+            found.append((counter,) * 3)
+            counter += 1
+        elif image > before:                                        # its first token: all of it at once
+            rows, columns = tiling.cells
+            found += [(counter, counter + y, counter + x) for y in range(rows) for x in range(columns)]
+            counter, before = counter + max(rows, columns), image
+    return found
 
 
 def qwen2_layer(block, x, position, mask, c):
@@ -65,9 +83,11 @@ def attention(q, k, v, mask, c):
 
 
 def rotated(x, position, c):
-    """Rotary positions: at position p features i and i + D / 2 of a head turn by p * theta ** (-2 i / D)."""
+    """Rotary positions (N, 3): at position p features i and i + D / 2 of a head turn by p * theta ** (-2 i / D). With
+    M-RoPE p is the time for the first of them, then the row, then the column."""
     half = c.head_dim // 2
-    angle = position[:, None] * c.rope_theta ** (-torch.arange(half, device=x.device) / half)  # (N, D / 2)
+    which = torch.tensor([k for k, n in enumerate(c.mrope or (half,)) for _ in range(n)], device=x.device)
+    angle = position[:, which] * c.rope_theta ** (-torch.arange(half, device=x.device) / half)  # (N, D / 2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     pairs = [head.split(half, dim=1) for head in x.split(c.head_dim, dim=1)]
     return torch.cat([y for a, b in pairs for y in (a * cos - b * sin, b * cos + a * sin)], dim=1)

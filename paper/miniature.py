@@ -133,7 +133,7 @@ def main(argv=None):
     soon = first_token(dense, visor, world.eval_set(3, 60))
     draw_first_token(ROOT / "assets" / "first_token.png", soon)
     (ROOT / "paper" / "results" / "miniature.json").write_text(json.dumps(
-        {"command": "python -m paper.miniature", "dtype": str(visor.image_newline.dtype),
+        {"command": "python -m paper.miniature", "dtype": str(visor.dtype),
          "seeds": args.seed or [0, 1, 2], "rows": rows, "dense_over_the_overview": alone, "first_token": soon,
          "machine": machine()}, indent=1) + "\n")
     print(f"{text}\n\nLargest difference of any number between two of the seeds: {spread:.3f}.\n\nDense, over the base "

@@ -154,7 +154,7 @@ class Theirs:
     def encode(self, images):
         model, like = self.model.model, self.model.lm_head.weight
         x = send(torch.stack([torch.from_numpy(p.pixels) for p in images]), like.device)
-        x = normalise(x, like.dtype)                   # (images, tiles, 3, tile, tile)
+        x = normalise(x, like.dtype, self.config)                   # (images, tiles, 3, tile, tile)
         if images[0].tiling.canvas is None:
             out = model.vision_tower(x.flatten(0, 1), output_hidden_states=True)
             return list(model.multi_modal_projector(out.hidden_states[-1]))

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from cli import Parser, checkpoint_path, choose_dtype, counted, placement, read_json, run, timer, writing
 from config import short
-from data import Prompt, chatml, collate, encode, load_tokenizer, place_images, process_image, vocabulary_size
-from families import read_config
+from data import Prompt, chatml, collate, encode, family_form, place_images, process_image
+from families import load_tokenizer, read_config, vocabulary_size
 from model import VLM
 from paper.equalities import QUESTIONS, TOKENS, encoded, equalities, likeliest
 from paper.systems import machine
@@ -77,10 +77,11 @@ def make_cases(images, tokenizer, config):
         processed = [process_image(image, config, single_image=len(images) == 1) for image in images]
         return Case(name, images, encode(chatml(turns), tokenizer, processed))
     ask = cycle(QUESTIONS)
-    found = [case(name, [image], [place_images(next(ask), 1)]) for name, image in images.items()]
+    found = [case(name, [image], [place_images(next(ask), 1, config)]) for name, image in images.items()]
     first, *_, last = [*images.values()] * 2
-    return [*found, case("two pictures", [first, last], [place_images("What changed?", 2)]),
-            case("second turn", [first], [QUESTIONS[1], "Show me the picture.", f"Here: <image>\n{QUESTIONS[0]}"]),
+    return [*found, case("two pictures", [first, last], [place_images("What changed?", 2, config)]),
+            case("second turn", [first], [QUESTIONS[1], "Show me the picture.",
+                                           family_form(f"Here: <image>\n{QUESTIONS[0]}", config)]),
             case("no picture", [], ["Write a poem about rain."])]
 
 

@@ -74,7 +74,7 @@ def test_attention_shares_are_those_of_an_explicit_softmax(sa):
     m = tiny.model(visor=sa != tuple(range(6))).double()
     image = data.process_image(tiny.image(50, 40), m.config)
     pairs = ("what?", "ab"), ("a longer question", "x"), ("how many are in here", "seven")
-    prompts, n = zip(*(inside.answered(q, a, image, m.tokenizer) for q, a in pairs))
+    prompts, n = zip(*(inside.answered(q, a, image, m) for q, a in pairs))
     assert n == (2, 1, 5)
     found = inside.attention_shares(m, prompts, n, sa)
     assert found.shape == (3, 6, 3) and found.dtype == torch.float64
@@ -92,7 +92,7 @@ def test_attention_shares_are_those_of_an_explicit_softmax(sa):
 def test_the_tokens_that_predict_an_answer():
     """"ab" is predicted by the last token of the question's turn, and by a."""
     m = tiny.model()
-    prompt, n = inside.answered("what?", "ab", data.process_image(tiny.image(9, 9), m.config), m.tokenizer)
+    prompt, n = inside.answered("what?", "ab", data.process_image(tiny.image(9, 9), m.config), m)
     text = m.tokenizer.decode(prompt.ids, skip_special_tokens=False)
     assert text.endswith("what?<|im_end|>\n<|im_start|>assistant\na") and n == 2
     assert len(prompt.ids) == len(prompt.t_pos)
@@ -107,7 +107,7 @@ def test_attention_and_cka_by_task():
     for image, asked in eval_set:
         x = data.process_image(image, m.config)
         for task, q, a in asked:
-            prompt, n = inside.answered(q, a, x, m.tokenizer)
+            prompt, n = inside.answered(q, a, x, m)
             want.setdefault(task, []).append(inside.attention_shares(m, [prompt], [n], range(6))[0])
             streams.setdefault(task, []).append(inside.linear_cka(inside.vision_states(m, prompt, range(6))))
     for found, own in ((inside.attention(m, eval_set), want), (inside.cka(m, eval_set), streams)):

@@ -147,7 +147,7 @@ def test_picked_tokens_of_an_image(reduce):
     c = m.config
     for i, size in enumerate(sizes(3, 4)):
         p = data.process_image(tiny.image(*size, i), c, single_image=i != 3)
-        x, looks = looked(m, normalise(torch.from_numpy(p.pixels), torch.float64))
+        x, looks = looked(m, normalise(torch.from_numpy(p.pixels), torch.float64, m.config))
         score, pair = received(*looks[-1]), c.reduction.of_tile(4) if reduce in PICKED else ()
         if "hired" in reduce:
             wanted = [x[at] for at in slow_hired(torch.stack([received(*looks[0]), score], 1), p.tiling, c)]
@@ -174,7 +174,7 @@ def test_pooled_tokens_of_an_image(reduce, max_tiles):
     for i, size in enumerate(sizes(4, 5)):
         p = data.process_image(tiny.image(*size, i), m.config, single_image=i != 4)
         t = p.tiling
-        x = connect(m, m.vision_tower(normalise(torch.from_numpy(p.pixels), torch.float64)))
+        x = connect(m, m.vision_tower(normalise(torch.from_numpy(p.pixels), torch.float64, m.config)))
         tiles = torch.stack([torch.tensor(slow_pool(tile, side), dtype=torch.float64) for tile in x.tolist()])
         rows = [[tiles[1 + y // side * t.grid[1] + z // side, y % side * side + z % side]
                  for z in range(t.crop[1], t.grid[1] * side - t.crop[1])]
@@ -199,7 +199,8 @@ def test_without_a_reduction_nothing_is_touched(sizes, visor):
     m = tiny.model(visor=visor)
     p = prompt(m, sizes)
     tiles = torch.cat([torch.from_numpy(x.pixels) for x in p.images])
-    features = [m.multi_modal_projector(m.vision_tower(normalise(part, torch.float32))) for part in tiles.split(16)]
+    features = [m.multi_modal_projector(m.vision_tower(normalise(part, torch.float32, m.config)))
+                for part in tiles.split(16)]
     tiles, v = list(torch.cat(features)), []
     for t in (x.tiling for x in p.images):
         v += list(tiles.pop(0))

@@ -173,7 +173,7 @@ def test_heat_lands_where_the_token_is(where, corner):
     c = tiny.config()
     image = Image.new("RGB", (64, 64), (90, 90, 90))
     p = process_image(image, c)
-    (places, _), boxes = explain.places_of(None, p.tiling, c), [explain.boxes(image, p.tiling, True)]
+    (places, _), boxes = explain.places_of(None, p.tiling, c), [explain.boxes(image, p.tiling, False)]
     w = np.zeros(p.tiling.tokens)
     w[where] = 0.7
     maps, = explain.heat(w, places, [p])
@@ -201,7 +201,7 @@ def test_the_scale_is_that_of_the_brightest_colour():
     w[:2, :2] = 1
     for factor in (1, 1e-3, 1e-12):
         maps, = explain.heat(np.append(w.ravel() * factor, 0), places, [p])
-        page, peak = explain.montage([image], [maps], [explain.boxes(image, p.tiling, False)], 64)
+        page, peak = explain.montage([image], [maps], [explain.boxes(image, p.tiling, True)], 64)
         assert peak == pytest.approx(4, rel=0.2)
         drawn = np.asarray(page.convert("L"), dtype=float)
         assert drawn[8:24, 8:24].min() > drawn[40:, 40:].max() + 50
@@ -299,7 +299,7 @@ def test_a_picked_patch_is_shown_where_it_was(reduce, sizes):
     look = explain.attention_to_images(m, prompt, [40, 50], (1, 4))
     assert sorted(look.weights) == [1, 2, 4, 5] and look.kept.all() and not look.added
     alone, start, patches = len(images) == 1, 0, patches_of(m, processed, full, dominant)
-    where = [explain.boxes(image, p.tiling, alone) for image, p in zip(images, processed)]
+    where = [explain.boxes(image, p.tiling, not alone) for image, p in zip(images, processed)]
     for i, (p, own) in enumerate(zip(processed, patches)):
         assert len(own) == p.tiling.tokens and len(set(own)) == len(own) and (None in own) != alone
         for k, at in enumerate(own):
@@ -353,7 +353,7 @@ def test_tokens_of_a_grid_lie_in_rows(reduce, sizes):
     look = explain.attention_to_images(m, prompt, [40], (1, 4))
     want, side = [], {"": 4, "pack": 3, "downsample:3": 2, "m3:4": 2}[reduce]
     for p in processed:
-        assert p.tiling.side == side
+        assert p.tiling.cells == (side, side)
         (h, w), n = p.tiling.size, side * side
         want += list(range(n))
         for row in range(h):

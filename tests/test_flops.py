@@ -105,9 +105,9 @@ def test_papers_convention_is_the_full_square_and_no_dead_layers(m):
 def test_encoder_and_connector(pack, widen):
     m = tiny.model().add_reduction(f"pack:{pack}" + ":widen" * widen)
     p = process_image(tiny.image(70, 110), m.config)
-    x = normalise(torch.from_numpy(p.pixels), torch.float32)
+    x = normalise(torch.from_numpy(p.pixels), torch.float32, m.config)
     assert flops.tower_flops(m.config, len(x)) == pytest.approx(counted(m.vision_tower, x), rel=0.005)
-    y, *_ = reduce_tiles(m.vision_tower(x).detach(), [], m.config)
+    y, *_ = reduce_tiles(m.vision_tower(x).detach(), (m.config.patches,) * 2, [], m.config)
     assert flops.connector_flops(m.config, len(x)) == pytest.approx(counted(m.multi_modal_projector, y), rel=0.005)
 
 

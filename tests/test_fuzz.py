@@ -233,8 +233,8 @@ def count_with(x):
 
 def read_tokenizer(x):
     Path("tokenizer.json").write_bytes(x)
-    read = data.load_tokenizer(".")
-    data.vocabulary_size(read)
+    read = families.load_tokenizer(".")
+    families.vocabulary_size(read)
     read.decode(data.encode(data.chatml(["How many é?", "2", "\n<|im_end|>"]), read).ids)
 
 

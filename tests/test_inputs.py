@@ -10,8 +10,9 @@ from PIL import Image
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from config import PAD, Config
-from data import (NORMALISED, chatml, collate, encode, join, labelled, load_tokenizer, place_images, process_image,
-                  split_shared, target_mask, tiling, turns_to_learn, vocabulary_size, with_blank)
+from data import (chatml, collate, encode, join, labelled, normalised, place_images, process_image, split_shared,
+                  target_mask, tiling, turns_to_learn, with_blank)
+from families import load_tokenizer, vocabulary_size
 from pictures import load_image, to_rgb
 from tests import tiny
 
@@ -66,8 +67,8 @@ def test_pixels_equal_the_reference_bit_for_bit(size):
     reference = LlavaOnevisionImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     one = np.asarray(reference([image], return_tensors="np")["pixel_values"][0])
     several = np.asarray(reference([[image, image]], return_tensors="np")["pixel_values"][0])
-    assert np.array_equal(one, NORMALISED[process_image(image, c).pixels])
-    assert np.array_equal(several, NORMALISED[process_image(image, c, single_image=False).pixels])
+    assert np.array_equal(one, normalised("siglip")[0][process_image(image, c).pixels])
+    assert np.array_equal(several, normalised("siglip")[0][process_image(image, c, single_image=False).pixels])
 
 
 @pytest.mark.parametrize("mode", "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I F I;16 I;16B I;16L".split())
@@ -215,7 +216,7 @@ def test_padding_belongs_to_no_image(batch):
     for row, images in zip(batch.v_img.tolist(), batch.images):
         assert row == counts(images) + [-1] * (max(n) - len(counts(images)))
     assert ((batch.v_img == -1) == (batch.v_pos >= PAD)).all()
-    assert all(a is b for a, b in zip(batch.positions, (batch.t_pos, batch.v_pos, batch.v_img)))
+    assert all(a is b for a, b in zip(batch.positions, (batch.t_pos, batch.v_pos, batch.v_img, batch.v_rope)))
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0], [1], [1, 1, 2]], ids=str)

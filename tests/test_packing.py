@@ -47,16 +47,17 @@ def slow_pack(x, side):
 @pytest.mark.parametrize("n, side", [(27, 19), (27, 14), (27, 7), (4, 3), (4, 1), (5, 5)])
 def test_pack_against_loops(n, side):
     x = torch.randn(2, n * n, 3, dtype=torch.float64)
-    for tile, packed in zip(x, pack(x, side)):
+    for tile, packed in zip(x, pack(x, (n, n), (side, side))):
         assert (packed - slow_pack(tile, side)).abs().max() < 1e-9
 
 
 def test_a_plane_stays_a_plane():
     """A feature that grows evenly along a row still does after packing (away from the border)."""
     ramp = torch.arange(27.0).repeat(27, 1).reshape(1, -1, 1)
-    row = pack(ramp, 19).mean(2)[0, :19, 0]
+    row = pack(ramp, (27, 27), (19, 19)).mean(2)[0, :19, 0]
     steps = row.diff()[1:-1]
-    assert (steps - 27 / 19).abs().max() < 1e-4 and (pack(torch.ones(1, 729, 1), 19) - 1).abs().max() < 1e-6
+    assert (steps - 27 / 19).abs().max() < 1e-4
+    assert (pack(torch.ones(1, 729, 1), (27, 27), (19, 19)) - 1).abs().max() < 1e-6
 
 
 def slow_tokens(m, p):
@@ -64,7 +65,7 @@ def slow_tokens(m, p):
     side, t = m.config.side, p.tiling
     c = m.multi_modal_projector
     tiles = [F.gelu(c.linear_1(slow_pack(x, side).mean(1))) @ c.linear_2.weight.T + c.linear_2.bias
-             for x in m.vision_tower(normalise(torch.from_numpy(p.pixels), torch.float32))]
+             for x in m.vision_tower(normalise(torch.from_numpy(p.pixels), torch.float32, m.config))]
     rows = [[tiles[1 + i // side * t.grid[1] + j // side][i % side * side + j % side]
              for j in range(t.crop[1], t.grid[1] * side - t.crop[1])]
             for i in range(t.crop[0], t.grid[0] * side - t.crop[0])]

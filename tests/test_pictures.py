@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from config import Config
-from data import NORMALISED, process_image
+from data import normalised, process_image
 from families import read_config
 from pictures import SampleError, load_image, to_rgb
 from tests import tiny
@@ -211,8 +211,8 @@ def test_transparency_on_white_equals_the_reference_bit_for_bit(what, size):
     c = Config(transparency="white")
     one = np.asarray(reference([image], return_tensors="np")["pixel_values"][0])
     several = np.asarray(reference([[image, image]], return_tensors="np")["pixel_values"][0])
-    assert np.array_equal(one, NORMALISED[process_image(image, c).pixels])
-    assert np.array_equal(several, NORMALISED[process_image(image, c, single_image=False).pixels])
+    assert np.array_equal(one, normalised("siglip")[0][process_image(image, c).pixels])
+    assert np.array_equal(several, normalised("siglip")[0][process_image(image, c, single_image=False).pixels])
 
 
 @pytest.mark.parametrize("what", [x for x in SEEN_THROUGH if x != "1, white"])
@@ -241,7 +241,7 @@ def test_a_files_transparency_lasts_until_the_model_is_known(tmp_path, kind, wha
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "p"))
     want = np.asarray(reference([upright], return_tensors="np")["pixel_values"][0])
     white, dropped = (process_image(found, Config(transparency=t)).pixels for t in ("white", "drop"))
-    assert np.array_equal(NORMALISED[white], want) and not np.array_equal(white, dropped)
+    assert np.array_equal(normalised("siglip")[0][white], want) and not np.array_equal(white, dropped)
 
 
 def test_the_checkpoints_family_decides():

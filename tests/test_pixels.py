@@ -138,7 +138,7 @@ def sorted_tiles(tiles):
 def tiles_of(prompts):
     """Every tile of some prompts, once."""
     return sorted_tiles(x for p in prompts for image in p.images
-                        for x in normalise(torch.from_numpy(image.pixels), torch.float32))
+                        for x in normalise(torch.from_numpy(image.pixels), torch.float32, m.config))
 
 
 def tokens_of(c, sa, text, vision):
@@ -169,7 +169,7 @@ def test_the_overview_is_the_base_tile_and_one_newline(changes):
         small = data.overview(whole, c)
         tokens = c.side ** 2 + 1
         assert data.overview_tokens(c) == len(small.v_pos) == tokens and small.v_img == [0] * tokens
-        lone = Tiling(None, None, (0, 0), (0, 0), (0, 0), False, 1, tokens, c.side)
+        lone = Tiling(None, None, (0, 0), (0, 0), (0, 0), False, 1, tokens, (c.side,) * 2, (c.patches,) * 2)
         alike = encode(text, m.tokenizer, [ProcessedImage(processed.pixels[:1], lone)], start=whole.t_pos[0])
         assert small._replace(images=None) == alike._replace(images=None)
         assert [x.tiling for x in small.images] == [lone]

@@ -310,7 +310,8 @@ def test_operations_inside(reduce, sizes):
         t = lm.embed_tokens(torch.tensor([[65]]))
         for start, stop, past in run[0].runs:
             none = np.zeros((1, 0), np.int64)
-            layout = make_layout((past.text + past.vision)[:, None], none, none, past, c, m.device)
+            layout = make_layout((past.text + past.vision)[:, None], none, none, np.zeros((1, 0, 0), int), past, c,
+                                 m.device)
             t, _ = lm.run(t, t[:, :0], layout, sa, start, stop, run[0].run(sa)[1])
         return m.head(lm.norm(t)[:, -1])
     assert flops.token_flops(c, sa, len(p.ids), ran) == counted(step)

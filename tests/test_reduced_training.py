@@ -39,7 +39,7 @@ def test_a_step_of_the_miniature_has_one_scale():
     for step in range(12):
         side = methods.for_step(m.config, 5, step).side
         batch, labels, quilts = batches[step]
-        assert {x.tiling.side for row in batch.images for x in row} == {side}
+        assert {x.tiling.cells for row in batch.images for x in row} == {(side, side)}
         assert batch.v_pos.shape[1] == side * side + 2 * side * (2 * side + 1)  # base, and a grid of 2 x 2 tiles
         loss, = batches.losses((batch, labels, quilts), batches.plan(step), step)
         assert loss.isfinite() and loss.requires_grad
@@ -56,7 +56,7 @@ def test_a_step_of_a_file_has_one_scale(files, tmp_path, workers):
     for step, items in enumerate(islice(batches.batches(3), 6), 3):
         c = methods.for_step(m.config, 2, step)
         images = [x for _, s in items for x in s.prompt.images]
-        assert {x.tiling.side for x in images} == {c.side}
+        assert {x.tiling.cells for x in images} == {(c.side,) * 2}
         for _, s in items:
             assert [s.prompt.v_img.count(i) for i in range(len(s.prompt.images))] == [
                 x.tiling.tokens for x in s.prompt.images]

@@ -114,20 +114,22 @@ def slow_pool(x, side):
 def test_pool_against_loops(n, side):
     x = normal(8, 2, n * n, 3)
     want = torch.tensor([slow_pool(tile, side) for tile in x.tolist()])
-    assert pool(x, side).shape == want.shape and (pool(x, side) - want).abs().max() < 1e-5
+    got = pool(x, (n, n), (side, side))
+    assert got.shape == want.shape and (got - want).abs().max() < 1e-5
 
 
 def test_pool_of_whole_cells_is_avg_pool2d():
     x = normal(9, 2, 729, 5)
     want = F.avg_pool2d(x.view(2, 27, 27, 5).permute(0, 3, 1, 2), 3).permute(0, 2, 3, 1).reshape(2, 81, 5)
-    assert (pool(x, 9) - want).abs().max() < 1e-6 and (pool(x, 27) - x).abs().max() < 1e-6
+    assert (pool(x, (27, 27), (9, 9)) - want).abs().max() < 1e-6
+    assert (pool(x, (27, 27), (27, 27)) - x).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("side", [27, 14, 10, 9, 7])
 def test_pool_of_constants_and_ramps(side):
     """A ramp along the rows or the columns takes the value in the middle of each cell."""
     y, x = torch.arange(27.).repeat_interleave(27), torch.arange(27.).repeat(27)
-    got = pool(torch.stack([torch.full_like(y, 7), y, x], 1)[None], side)[0].view(side, side, 3)
+    got = pool(torch.stack([torch.full_like(y, 7), y, x], 1)[None], (27, 27), (side, side))[0].view(side, side, 3)
     middle = torch.tensor([(i * 27 // side + -(-(i + 1) * 27 // side) - 1) / 2 for i in range(side)])
     assert (got[..., 0] - 7).abs().max() < 1e-5
     assert (got[..., 1] - middle[:, None]).abs().max() < 1e-4 and (got[..., 2] - middle).abs().max() < 1e-4
