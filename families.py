@@ -61,7 +61,7 @@ def read_config(directory):
                                         *_stop_ids(text, "text_config.eos_token_id")}))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
-    return _with_other_files(config, directory)
+    return _with_other_files(config, directory, needed=raw.get("model_type") == "qwen2_vl")
 
 
 def _plans(value):
@@ -95,12 +95,13 @@ def join_configs(vision_directory, llm_directory):
     return _with_other_files(config, llm_directory)
 
 
-def _with_other_files(config, directory):
-    """The Config with what generation_config.json and preprocessor_config.json say. Raises ValueError."""
+def _with_other_files(config, directory, needed=False):
+    """The Config with what generation_config.json and preprocessor_config.json say; needed: the latter must be there.
+    Raises ValueError."""
     for name in ("generation_config.json", "preprocessor_config.json"):
         path = Path(directory) / name
         if not path.is_file():
-            if name.startswith("pre") and config.aspect == "dynamic" and config.stage == "pretrained":
+            if name.startswith("pre") and needed:
                 raise ValueError(f"{path} is missing, which says how large pictures may be; get it from the "
                                  "checkpoint's page")
             continue

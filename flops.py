@@ -42,9 +42,9 @@ def tower_flops(c, tiles, patches=None):
     tokens = math.prod(patches or (c.patches,) * 2)
     if c.encoder == "fastvithd":
         return tiles * fastvithd_flops(c.vision_hidden, tokens)
-    n, d, frames = tokens * (c.cell // c.patch) ** 2, c.vision_hidden, 1 + (c.encoder == "qwen2_vl")
+    n, d = tokens * (c.cell // c.patch) ** 2, c.vision_hidden
     layer = 2 * n * (4 * d * d + 2 * d * c.vision_ffn) + 4 * n * n * d
-    return tiles * (2 * n * 3 * frames * c.patch ** 2 * d + c.vision_layers * layer + selection_flops(c))
+    return tiles * (2 * n * 3 * c.patch ** 2 * d + c.vision_layers * layer + selection_flops(c))
 
 
 def fastvithd_flops(width, tokens):

@@ -138,7 +138,7 @@ def sorted_tiles(tiles):
 def tiles_of(prompts):
     """Every tile of some prompts, once."""
     return sorted_tiles(x for p in prompts for image in p.images
-                        for x in normalise(torch.from_numpy(image.pixels), torch.float32, m.config))
+                        for x in normalise(torch.from_numpy(image.pixels), torch.float32, Config()))
 
 
 def tokens_of(c, sa, text, vision):

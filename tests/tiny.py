@@ -8,13 +8,25 @@ from config import Config
 from model import VLM
 
 
-def tokenizer():
-    """Bytes as tokens, and Qwen2's three special ones: 259 in all."""
+BACKBONES = {  # other encoders than SigLIP: changes of the config
+    "fastvlm": dict(encoder="fastvithd", vision_hidden=128, vision_layers=44, vision_heads=1, vision_ffn=256, tile=192,
+                    patch=64, aspect="pad", multi_image_newline=False),
+    "fastvithd, anyres": dict(encoder="fastvithd", vision_hidden=128, vision_layers=44, vision_heads=1, vision_ffn=256,
+                              tile=128, patch=64, pinpoints=((1, 2), (2, 1), (2, 2))),
+    "qwen2-vl": dict(encoder="qwen2_vl", aspect="dynamic", multi_image_newline=False, vision_hidden=32, vision_heads=2,
+                     vision_ffn=64, patch=14, mrope=(2, 3, 3), min_pixels=2 * 28 ** 2, max_pixels=14 * 28 ** 2,
+                     vocab=261)}
+MARKS = "<|vision_start|>", "<|vision_end|>"  # of Qwen2-VL
+
+
+def tokenizer(more=()):
+    """Bytes as tokens, and Qwen2's three special ones: 259 in all; then more special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     t = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     t.decoder = decoders.ByteLevel()
-    t.add_special_tokens([AddedToken(s, normalized=False) for s in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    t.add_special_tokens([AddedToken(s, normalized=False) for s in ("<|endoftext|>", "<|im_start|>", "<|im_end|>",
+                                                                       *more)])
     return t
 
 
@@ -29,7 +41,7 @@ def model(seed=0, visor=True, **changes):
     """A model with weights large enough that every part matters to the logits, cross-attention included."""
     torch.manual_seed(seed)
     m = VLM(config(**changes))
-    m.tokenizer = tokenizer()
+    m.tokenizer = tokenizer(MARKS if m.config.encoder == "qwen2_vl" else ())
     if visor:
         m.add_cross_attention()
     return shake(m).eval()
@@ -45,6 +57,10 @@ def shake(m, scale=1.0):
             p.normal_(0, scale)
         else:
             p.normal_(0, scale * (p[0].numel()) ** -0.5)
+        if name.endswith("gamma"):   # of a branch: 44 of them add up
+            p.mul_(0.2)
+    for statistic in m.buffers():    # of FastViTHD's norms
+        statistic.add_(torch.rand_like(statistic))
     return m
 
 

@@ -1,0 +1,301 @@
+"""VISOR on every backbone: SigLIP's tiles, FastVLM's padded squares and tiles, Qwen2-VL's pictures as they are.
+
+What is computed once, cached or left out, against one sequence with masks (paper/masked.py) and against the same prompt
+anew. That the dense models are the published ones, test_parity, test_qwen2_vl and test_fastvithd show.
+"""
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import explain
+import flops
+import sample
+import train
+from config import PRESETS, Config, preset
+from conversation import Conversation
+from data import chatml, collate, encode, family_form, place_images, process_image, split_shared, tiling
+from layout import Past, rotary_ids
+from model import VLM
+from paper.masked import masked_logits, rotary_positions
+from pictures import SampleError
+from tests import tiny
+from tests.test_flops import counted
+from tests.test_llava import talk, written
+from tests.test_router import call
+
+BACKBONES = {"siglip": {}, **tiny.BACKBONES}
+DENSE = tuple(range(6))
+CONFIGURATIONS = (), (1,), (4,), (1, 4), (5,), DENSE
+CLOSE = 1e-4
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def backbone(request):
+    """(name, VISOR with random weights and a router that has no favourite)."""
+    m = tiny.model(7, **BACKBONES[request.param])
+    torch.nn.init.normal_(m.lm_head.weight)
+    m.config.add_visor((2, 5), (1, 3, 4), ((1,), (1, 4), (1, 3, 4)))  # they differ from layer 3 on
+    return request.param, tiny.shake(m.add_router(), 0.7).eval()
+
+
+@pytest.fixture
+def model(backbone):
+    m = backbone[1]
+    yield m
+    m.config.reduce = ""
+
+
+def prompt_of(m, rng, n, words="What is it?"):
+    """A prompt of n images of random sizes."""
+    sizes = [(rng.randint(20, 300), rng.randint(20, 300)) for _ in range(n)]
+    images = [process_image(tiny.image(*size, rng.randrange(1 << 30)), m.config, n == 1) for size in sizes]
+    return encode(chatml([place_images(words, n, m.config)]), m.tokenizer, images)
+
+
+def logits(m, prompts, sa):
+    with torch.no_grad():
+        return [m.head(h[:len(p.ids)]) for h, p in zip(m(collate(prompts), sa), prompts)]
+
+
+def close(a, b):
+    return a.shape == b.shape and a.abs().max() > 1 and (a - b).abs().max() < CLOSE
+
+
+# --- equalities -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sa", CONFIGURATIONS, ids=str)
+def test_two_streams_equal_one_sequence_with_masks(sa, model):
+    rng = random.Random(str(sa))
+    with torch.no_grad():
+        for n in (0, 1, 1, 3):
+            prompt = prompt_of(model, rng, n)
+            assert close(logits(model, [prompt], sa)[0], masked_logits(model, prompt, sa))
+
+
+@pytest.mark.parametrize("reduce", ["pack:2", "pack:4", "downsample", "m3:8"])
+def test_fewer_tokens_before_any_configuration(reduce, model):
+    rng, model.config.reduce = random.Random(reduce), reduce
+    with torch.no_grad():
+        for sa, n in (((), 1), ((1, 4), 2), (DENSE, 1)):
+            prompt = prompt_of(model, rng, n)
+            full = tiling(99, 200, model.config.unreduced(), n == 1).tokens
+            assert tiling(99, 200, model.config, n == 1).tokens < full
+            assert close(logits(model, [prompt], sa)[0], masked_logits(model, prompt, sa))
+
+
+def test_batches_of_mixed_configurations(model):
+    rng = random.Random(3)
+    prompts = [prompt_of(model, rng, n, "why" * (n + 1)) for n in (2, 0, 1, 1, 3)]
+    chosen = [(1, 4), (), DENSE, (), (1,)]
+    for prompt, sa, got in zip(prompts, chosen, logits(model, prompts, chosen)):
+        assert close(got, logits(model, [prompt], sa)[0])
+    answers = model.generate(prompts, chosen, max_tokens=5)
+    assert answers == [model.generate([p], sa, max_tokens=5)[0] for p, sa in zip(prompts, chosen)]
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_ask_many(n, model):
+    """Images once, three questions in every configuration, and a conversation that goes on: as each anew."""
+    rng, c = random.Random(n), model.config
+    images = [process_image(tiny.image(rng.randint(30, 300), rng.randint(30, 300), k), c, n == 1) for k in range(n)]
+    texts = [chatml([place_images(words, n, c)]) for words in ("What?", "Where is the cat in it?", "Why?")]
+    tree = model.prefill([encode(split_shared(texts[0])[0], model.tokenizer, images)], [(), (1,), (1, 4), DENSE])
+    with torch.no_grad():
+        for text in texts:
+            own = encode(split_shared(text)[1], model.tokenizer, start=tree.end)
+            tree.extend([own])
+            for sa in ((), (1,), (1, 4), DENSE):
+                got = model.head(model.language_model.norm(tree.run(sa)[0]))[0]
+                assert close(got, logits(model, [encode(text, model.tokenizer, images)], sa)[0][-len(own.ids):])
+            tree.truncate(1)
+    first, second = split_shared(texts[0])
+    conversation = Conversation(model, encode(first, model.tokenizer, images), (1,))
+    said = conversation.answer(encode(second, model.tokenizer, start=conversation.end), keep=True, max_tokens=4)
+    more = "<|im_start|>user\nAnd then?<|im_end|>\n" + data.ANSWER
+    got = conversation.answer(encode(more, model.tokenizer, start=conversation.end), max_tokens=6)
+    whole = data.join(encode(texts[0], model.tokenizer, images), encode("", model.tokenizer))
+    for ids in (said + model.tokenizer.encode("<|im_end|>\n", add_special_tokens=False).ids,
+                model.tokenizer.encode(more, add_special_tokens=False).ids):
+        whole = data.join(whole, data.Prompt(ids, [whole.end + i for i in range(len(ids))], [], [], []))
+    assert got == model.generate([whole], (1,), max_tokens=6)[0]
+
+
+@pytest.mark.parametrize("sa", CONFIGURATIONS[:5], ids=str)
+def test_decoding_from_the_cache(sa, model):
+    prompt = prompt_of(model, random.Random(str(sa)), 2)
+    answer = model.generate([prompt], sa, max_tokens=6)[0]
+    for token in answer:
+        assert logits(model, [prompt], sa)[0][-1].argmax() == token
+        prompt = data.join(prompt, data.Prompt([token], [prompt.end], [], [], []))
+
+
+def test_a_routed_answer_is_that_of_the_same_configuration_by_name(model):
+    rng, routes = random.Random(5), []
+    prompts = [prompt_of(model, rng, n, words) for n, words in ((1, "a"), (2, "bb"), (0, "ccc"), (1, "dddd"), (3, "e"))]
+    routed = model.generate(prompts, "auto", max_tokens=5, routes=routes)
+    assert routed == model.generate(prompts, [plan.sa for plan in routes], max_tokens=5)
+    assert routed == [model.generate([p], "auto", max_tokens=5)[0] for p in prompts]
+
+
+def test_the_routing_token_stands_where_the_answer_begins(model):
+    """A routing token as the last token of the prompt, in one sequence: the same score."""
+    prompt, scores = prompt_of(model, random.Random(8), 2), model.router.layers
+    tree = model.prefill([prompt], "auto", 0)
+    with torch.no_grad():
+        got = model.route_scores(tree, [prompt.answer_starts])[0, 0]
+        model.language_model.embed_tokens.weight.data[0], old = scores.token.data.clone(), (
+            model.language_model.embed_tokens.weight.data[0].clone())
+        batch = collate([data.join(prompt, data.Prompt([0], [prompt.end], [], [], []))])
+        t, _ = model.language_model.run(*model.embed(batch), model.layout(batch), (1,), 0, model.config.route_layer)
+        model.language_model.embed_tokens.weight.data[0] = old
+        assert (scores(t[:, -1])[0] - got).abs().max() < CLOSE
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+def test_rotary_positions_are_counted_token_by_token(model):
+    rng = random.Random(1)
+    prompts = [prompt_of(model, rng, n) for n in (3, 0, 1)]
+    batch = collate(prompts)
+    text, vision = rotary_ids(*batch.positions, Past.empty(3))
+    for b, prompt in enumerate(prompts):
+        by_position = np.array(rotary_positions(prompt))
+        if not model.config.mrope:
+            by_position = by_position[:, 0]
+        assert (text[b, :len(prompt.ids)] == by_position[prompt.t_pos]).all()
+        assert (vision[b, :len(prompt.v_pos)] == by_position[prompt.v_pos]).all()
+
+
+def test_dropping_vision_never_moves_the_counter(model):
+    """What follows an image in the same configuration, cached or not, stands behind the image's largest position."""
+    prompt = prompt_of(model, random.Random(2), 2)
+    past = Past.empty(1).extend(*collate([prompt]).positions)
+    behind = len(prompt.ids) + len(prompt.v_pos) - 1 - max(max(x) for x in rotary_positions(prompt))
+    assert past.behind[0] == behind and (behind > 0) == bool(model.config.mrope)
+    more = collate([encode("more", model.tokenizer, start=prompt.end)])
+    assert (rotary_ids(*more.positions, past)[0].ravel()[0] == prompt.end - behind)
+
+
+# --- around it --------------------------------------------------------------------------------------------------------
+
+def test_save_and_load(backbone, tmp_path):
+    name, m = backbone
+    m.save_pretrained(tmp_path / "saved")
+    again, prompt = VLM.from_pretrained(tmp_path / "saved"), prompt_of(m, random.Random(4), 1)
+    assert again.config == m.config and {k for k, _ in again.named_buffers()} == {k for k, _ in m.named_buffers()}
+    assert torch.equal(logits(again, [prompt], (1,))[0], logits(m, [prompt], (1,))[0])
+    assert (m.image_newline is None) == (name in ("fastvlm", "qwen2-vl"))
+
+
+def test_the_counted_operations_are_those_of_the_modules(model):
+    c, image = model.config, process_image(tiny.image(130, 70), model.config)
+    x = torch.zeros(image.pixels.shape)
+    t = image.tiling
+    said = flops.tower_flops(c, t.tiles, t.patches)
+    assert said == pytest.approx(counted(model.vision_tower, x), rel=0.005)
+    y = torch.zeros(t.tiles, t.patches[0] * t.patches[1], c.features)
+    assert flops.connector_flops(c, t.tiles, t.patches) == pytest.approx(counted(model.multi_modal_projector, y))
+    assert flops.encoder_flops(c, [t, t]) == 2 * (said + flops.connector_flops(c, t.tiles, t.patches))
+
+
+def test_where_attention_goes_is_drawn(model, tmp_path):
+    image = tiny.image(120, 60)
+    seen = process_image(image, model.config)
+    prompt = encode(chatml([place_images("Where?", 1, model.config)]), model.tokenizer, [seen])
+    with torch.no_grad():
+        look = explain.attention_to_images(model, prompt, [5, 6], (1,))
+    assert set(look.weights) == {1, 2, 5} and all(len(w) == len(prompt.v_pos) for w in look.weights.values())
+    maps = explain.heat(look.weights[1], look.places, [seen])[0]
+    assert maps[0].shape == seen.tiling.cells
+    assert sum(x.sum() for x in maps) == pytest.approx(look.weights[1][look.places >= 0].sum(), rel=1e-4)
+
+
+def test_files_are_learned_from_in_every_stage_and_resumed(backbone, tmp_path):
+    name, m = backbone
+    dense = tiny.model(3, visor=False, **BACKBONES[name])
+    dense.config.stage = "pretrained"
+    dense.save_pretrained(tmp_path / "dense")
+    rng = random.Random(6)
+    for i in range(6):
+        tiny.image(rng.randint(30, 250), rng.randint(30, 250), i).save(tmp_path / f"{i}.png")
+    file = written(tmp_path / "data.json", [
+        talk("<image>\nWhat is it?", f"A {i}.", image=f"{i}.png") for i in range(6)] + [talk("Why?", "So.")] * 2 + [
+        talk("<image>\n<image>\nBoth?", "Yes.", image=["1.png", "2.png"])] * 2)
+    common = ["--data", file, "--out", tmp_path / "out", "--batch-size", 4, "--micro-batch-size", 2, "--workers", 0,
+              "--sample-every", 0, "--device", "cpu"]
+    assert call(train.main, "--stage", 1, "--model", tmp_path / "dense", "--steps", 2, *common) == 0
+    assert call(train.main, "--stage", 2, "--steps", 3, "--save-every", 2, *common) == 0
+    end = (tmp_path / "out/stage2-000003/model.safetensors").read_bytes()
+    (tmp_path / "out/stage2-000003").rename(tmp_path / "first")
+    assert call(train.main, "--stage", 2, "--resume", *common) == 0
+    assert (tmp_path / "out/stage2-000003/model.safetensors").read_bytes() == end
+    trained, before = (VLM.from_pretrained(tmp_path / x) for x in ("out/stage2-000003", "dense"))
+    moved = {k for k, p in before.named_parameters() if not torch.equal(p, dict(trained.named_parameters())[k])}
+    assert any(k.startswith("vision_tower") for k in moved) and any(k.startswith("language_model") for k in moved)
+    if name != "fastvithd, anyres":  # one more of the same kind would show nothing new
+        assert call(train.main, "--stage", 3, "--steps", 2, "--questions", 2, *common[:4], "--batch-size", 4) == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--sa", "dense", "--reduce", "pack:2"]], ids=str)
+def test_the_command_answers(backbone, flags, tmp_path, capsys):
+    name, m = backbone
+    m.save_pretrained(tmp_path / "m")
+    tiny.image(90, 200).save(tmp_path / "x.png")
+    assert call(sample.main, "--image", tmp_path / "x.png", "--q", "what?", "--model", tmp_path / "m", "--max-tokens", 4,
+                "--json", "--explain", tmp_path / "e.png", "--device", "cpu", *flags) == 0
+    report = json.loads(capsys.readouterr().out)
+    c = VLM.from_pretrained(tmp_path / "m").config
+    c.reduce = report["reduce"]
+    assert report["vision_tokens"] == (data.overview_tokens(c) if report["pixels"] == "overview" else
+                                       tiling(90, 200, c).tokens)
+    assert (tmp_path / "e.png").is_file() and report["flops"]["encoder"] > 0
+
+
+def test_the_prompt_has_the_familys_form():
+    qwen = Config(**{k: v for k, v in tiny.BACKBONES["qwen2-vl"].items()}, head_dim=16)
+    one = "<|vision_start|><image><|vision_end|>"
+    assert place_images("What?", 2, qwen) == f"{one}{one}What?"
+    assert place_images("See <image> and <image>: why?", 2, qwen) == f"See {one} and {one}: why?"
+    assert family_form("<image>\n<image>\nBoth?", qwen) == f"{one}{one}Both?" and place_images("Hm", 0, qwen) == "Hm"
+    assert place_images("What?", 2, Config()) == "<image> <image>\nWhat?" == place_images("What?", 2)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_sizes_have_configurations_that_a_router_can_choose_from(name):
+    c = preset(name)
+    assert len(c.viable) == 13 and c.route_layer == 4 and all(1 in sa for sa in c.viable)
+    assert bool(c.overview) == (c.aspect == "anyres") and not set(c.ca) & set(c.sa)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(aspect="anyres"), "aspect anyres does not go with encoder qwen2_vl"),
+    (dict(mrope=(2, 3)), "mrope"), (dict(mrope=(2, 3, 4)), "mrope"), (dict(mrope="abc"), "mrope"),
+    (dict(min_pixels=10 ** 6), "min_pixels"), (dict(vision_heads=16), "vision_heads 16"),
+    (dict(reduce="visionzip"), "SigLIP's attention"), (dict(reduce="pyramiddrop:1:.5"), "M-RoPE"),
+    (dict(overview=((),), viable=((),)), "overview")], ids=str)
+def test_settings_that_do_not_go_with_qwen2_vl(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.config(**{**tiny.BACKBONES["qwen2-vl"], **change})
+
+
+@pytest.mark.parametrize("change", [dict(tile=100), dict(patch=32), dict(vision_hidden=96), dict(reduce="hired")], ids=str)
+def test_settings_that_do_not_go_with_fastvithd(change):
+    with pytest.raises(ValueError, match="FastViTHD|SigLIP"):
+        tiny.config(**{**tiny.BACKBONES["fastvlm"], **change})
+
+
+@pytest.mark.parametrize("size", [(201 * 40, 40), (3, 900)])
+def test_a_picture_that_is_too_long_for_qwen2_vl(size):
+    with pytest.raises(SampleError, match="200 times"):
+        process_image(tiny.image(*size), tiny.config(**tiny.BACKBONES["qwen2-vl"]))
+
+
+@pytest.mark.parametrize("name", ["fastvlm", "qwen2-vl"])
+def test_without_tiles_there_is_no_overview(name):
+    m = tiny.model(1, **BACKBONES[name])
+    with pytest.raises(ValueError, match="no base tile"):
+        m.generate([prompt_of(m, random.Random(1), 1)], (), "overview")
