@@ -81,6 +81,14 @@ def before_connector(theirs, pixels):
     return found[0].unflatten(0, (len(pixels), -1))
 
 
+def in_bfloat16(net):
+    """A copy in bfloat16, whose rotary frequencies stay exact, as where transformers loads it so."""
+    new = copy.deepcopy(net).bfloat16()
+    for a, b in zip(new.buffers(), net.buffers()):
+        a.data = b.data
+    return new
+
+
 def noise(pictures, height, width):
     """Pixels of scale 1."""
     return torch.randn(pictures, 3, height, width, generator=torch.Generator().manual_seed(height + width))
@@ -160,7 +168,7 @@ def test_tower_in_bfloat16(towers):
     exact = ours(x)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = ours(x).float()
-    theirs, ours = (copy.deepcopy(net).bfloat16() for net in towers)
+    theirs, ours = map(in_bfloat16, towers)
     wanted, found = before_connector(theirs, x), ours(x.bfloat16())
     assert wanted.dtype == found.dtype == torch.bfloat16
     rounding = (wanted - exact).norm()
@@ -170,7 +178,7 @@ def test_tower_in_bfloat16(towers):
 
 @torch.no_grad()
 def test_rotary_positions_are_not_rounded_to_bfloat16(towers):
-    ours, made, looks = copy.deepcopy(towers[1]).bfloat16(), [], {0: None}
+    ours, made, looks = in_bfloat16(towers[1]), [], {0: None}
     ours.blocks[0].attn.qkv.register_forward_hook(lambda module, inputs, y: made.append(y.clone()))
     ours(noise(1, 56, 84).bfloat16(), looks)
     cos, sin = (t.double() for t in rope_table_2d(4, 6, ours.head_dim))
@@ -230,8 +238,9 @@ def save_reference(directory, layers, heads, kv_heads, hidden, sections, tied, v
         if tied:  # a strong MLP and random signs, or each token would only repeat itself
             reference.model.language_model.layers[-1].mlp.down_proj.weight.mul_(8)
             reference.model.language_model.norm.weight.mul_(torch.randn(hidden).sign())
+            reference.model.language_model.embed_tokens.weight.mul_(0.5)
         else:
-            reference.lm_head.weight.mul_(6)
+            reference.lm_head.weight.mul_(3)
     reference.save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text(json.dumps({
         "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor", "patch_size": 14,
@@ -391,6 +400,19 @@ def test_logits_no_or_several_images(pair, sizes):
 
 def test_logits_images_in_the_text(pair):
     check(pair, pictures_of([(50, 80), (130, 20)]), "First <image> then\n<image>?")
+
+
+@torch.no_grad()
+def test_logits_in_bfloat16(pair):
+    """As far from float32 as theirs are."""
+    images, reference, ours = pictures_of(SETS[3]), in_bfloat16(pair.theirs), in_bfloat16(pair.ours)
+    prompt = prompt_of(ours, images)
+    batch, vocab = data.collate([prompt]), ours.config.vocab
+    exact = pair.ours.head(pair.ours(batch, dense(ours)))[0]
+    theirs = reference(**inputs(pair, images)).logits[0, prompt.t_pos][:, :vocab]
+    mine = ours.head(ours(batch, dense(ours)))[0]
+    assert theirs.dtype == mine.dtype == torch.bfloat16
+    assert 0 < (mine - exact).norm() < 1.3 * (theirs - exact).norm() < 0.05 * exact.norm()
 
 
 @torch.no_grad()
