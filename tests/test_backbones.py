@@ -5,6 +5,7 @@ anew. That the dense models are the published ones, test_parity, test_qwen2_vl a
 """
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import train
 from config import PRESETS, Config, preset
 from conversation import Conversation
 from data import chatml, collate, encode, family_form, place_images, process_image, split_shared, tiling
+from families import read_config
 from layout import Past, rotary_ids
 from model import VLM
 from paper.masked import masked_logits, rotary_positions
@@ -300,3 +302,75 @@ def test_without_tiles_there_is_no_overview(name):
     m = tiny.model(1, **BACKBONES[name])
     with pytest.raises(ValueError, match="no base tile"):
         m.generate([prompt_of(m, random.Random(1), 1)], (), "overview")
+
+
+# --- config.json of Qwen2-VL ------------------------------------------------------------------------------------------
+
+QWEN = {"model_type": "qwen2_vl", "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 300, "rope_theta": 1e6,
+        "tie_word_embeddings": True, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "vision_config": {"hidden_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "in_chans": 3,
+                          "spatial_patch_size": 14}}
+PICTURES = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+
+
+def qwen_directory(path, changes=(), pictures=()):
+    """A directory with the small files; changes and pictures: {"a.b": value} over what the hub has."""
+    raw = json.loads(json.dumps(QWEN))
+    for name, value in dict(changes).items():
+        *parts, last = name.split(".")
+        part = raw
+        for x in parts:
+            part = part[x]
+        part[last] = value
+    (path / "config.json").write_text(json.dumps(raw))
+    if pictures is not None:
+        (path / "preprocessor_config.json").write_text(json.dumps({**PICTURES, **dict(pictures)}))
+    return path
+
+
+def test_qwen2_vl_as_the_hub_has_it(tmp_path):
+    c = read_config(qwen_directory(tmp_path))
+    assert (c.encoder, c.aspect, c.mrope, c.vision_ffn, c.features) == ("qwen2_vl", "dynamic", (2, 3, 3), 128, 128)
+    assert (c.min_pixels, c.max_pixels, c.tied, c.has_newlines) == (3136, 12845056, True, False)
+    sized = {"min_pixels": None, "max_pixels": None, "size": {"shortest_edge": 784, "longest_edge": 7840}}
+    c = read_config(qwen_directory(tmp_path, (), sized))
+    assert (c.min_pixels, c.max_pixels) == (784, 7840)
+
+
+@pytest.mark.parametrize("changes, pictures, message", [
+    ({"model_type": "qwen2_5_vl"}, (), "model_type 'qwen2_5_vl' is no"),
+    ({}, None, "preprocessor_config.json is missing"),
+    ({}, {"min_pixels": None}, "min_pixels is missing"), ({}, {"max_pixels": "many"}, "max_pixels 'many'"),
+    ({}, {"max_pixels": 100}, "min_pixels"), ({}, {"merge_size": 4}, "merge_size 4"),
+    ({}, {"patch_size": 16}, "patch_size"),
+    ({}, {"image_mean": [0.5] * 3}, "image_mean"), ({"rope_scaling": {"type": "mrope"}}, (), "mrope_section"),
+    ({"rope_scaling.mrope_section": [2, 3, 4]}, (), "mrope"), ({"rope_scaling.mrope_section": [8]}, (), "mrope"),
+    ({"rope_scaling.mrope_section": "2,3,3"}, (), "mrope_section"), ({"rope_scaling.type": "yarn"}, (), "yarn"),
+    ({"vision_config.hidden_act": "gelu"}, (), "hidden_act"), ({"vision_config.mlp_ratio": 0}, (), "mlp_ratio"),
+    ({"vision_config.hidden_size": 128}, (), "hidden_size"), ({"vision_config": 3}, (), "vision_config 3"),
+    ({"vision_config.spatial_merge_size": 4}, (), "spatial_merge_size")], ids=str)
+def test_what_a_qwen2_vl_directory_may_not_say(changes, pictures, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_config(qwen_directory(tmp_path, changes, pictures))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--min-pixels", "1000000"], "--min-pixels 1000000: must not be above --max-pixels"),
+    (["--max-pixels", "0"], "--max-pixels 0: must be a whole number"),
+    (["--max-pixels", "x"], "--max-pixels"), (["--pixels", "overview"], "no base tile")], ids=str)
+def test_flags_of_pictures(flags, message, tmp_path, capsys):
+    tiny.model(1, **BACKBONES["qwen2-vl"]).save_pretrained(tmp_path / "m")
+    tiny.image(90, 90).save(tmp_path / "x.png")
+    words = ["--image", tmp_path / "x.png", "--q", "what?", "--model", tmp_path / "m", "--max-tokens", 2, "--sa",
+             "none"]
+    assert call(sample.main, *words, "--json", "--max-pixels", 28 * 28 * 4) == 0
+    assert json.loads(capsys.readouterr().out)["vision_tokens"] == 4
+    assert call(sample.main, *words, *flags) == 2
+    error, = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert message in error
+
+
+def test_pixels_by_flag_are_for_pictures_without_tiles(capsys):
+    assert call(flops.main, "--max-pixels", 10 ** 6) == 2 and "tiles of 384 pixels" in capsys.readouterr().err
+    assert call(flops.main, "--model", "qwen2-vl-2b", "--tiles", 3) == 2 and "without tiles" in capsys.readouterr().err

@@ -59,8 +59,9 @@ def shake(m, scale=1.0):
             p.normal_(0, scale * (p[0].numel()) ** -0.5)
         if name.endswith("gamma"):   # of a branch: 44 of them add up
             p.mul_(0.2)
-    for statistic in m.buffers():    # of FastViTHD's norms
-        statistic.add_(torch.rand_like(statistic))
+    for name, statistic in m.named_buffers():
+        if "running" in name:        # of FastViTHD's norms
+            statistic.add_(torch.rand_like(statistic))
     return m
 
 
