@@ -126,8 +126,8 @@ class Chat:
         raise ValueError(f"{line}: give one of /image FILE ..., /sa LAYERS, /explain FILE.png, /help")
 
 
-def talk(chat, read=input):
-    """Asks for lines until there are no more. read(prompt): the next line, or EOFError."""
+def talk(chat, read=None):
+    """Asks for lines until there are no more. read(prompt): the next line, or EOFError (default: input)."""
     try:
         __import__("readline")  # arrow keys and earlier lines; not on every system
     except ImportError:
@@ -135,7 +135,7 @@ def talk(chat, read=input):
     tell("Ask about the images; /help says what else there is, Ctrl-D leaves.")
     while True:
         try:
-            line = read("> ").strip()
+            line = (read or input)("> ").strip()
         except EOFError:
             return print()
         except KeyboardInterrupt:  # of a line that was begun

@@ -47,7 +47,7 @@ ASKED = ("model", "sa", "pixels", "budget", "reduce", "min_pixels", "max_pixels"
 
 
 def parse(argv=None):
-    p = Parser(description="Ask questions about images.",
+    p = Parser(doc=__doc__, description="Ask questions about images.",
                epilog="Answers go to stdout, one a line; all else to stderr. Operations of a question are those "
                "spent on it, the images once; what is saved is over all questions so far, against dense asked the "
                "same.")
