@@ -30,8 +30,8 @@ def apples_name(name):
         name = name.removeprefix(formula.IN_FILES)
         ours = next(part for part in APPLE if name.startswith(part + "."))
         name = APPLE[ours] + name.removeprefix(ours)
-        name = re.sub(r"^(network\.[1358]\.proj\.0)\.reparam_conv", r"\1.lkb_reparam", name.replace(".mlp.", ".convffn."))
-        name = name.replace(".gamma", "").replace(".se.fc1.", ".se.reduce.").replace(".se.fc2.", ".se.expand.")
+        name = re.sub(r"^(network\.[1358]\.proj\.0)\.reparam_conv", r"\1.lkb_reparam", name)
+        name = name.replace(".mlp.", ".convffn.").replace(".gamma", "").replace(".se.fc1.", ".se.reduce.").replace(".se.fc2.", ".se.expand.")
         return "model.vision_tower.vision_tower.model." + name
     name = name.replace("model.multi_modal_projector.linear_1.", "model.mm_projector.0.")
     name = name.replace("model.multi_modal_projector.linear_2.", "model.mm_projector.2.")
@@ -40,8 +40,8 @@ def apples_name(name):
 
 def apples_config(**changes):
     text = json.loads(str(GOLDEN["config"]))["text_config"]
-    return {**{k: text[k] for k in formula.TEXT}, "rms_norm_eps": text["rms_norm_eps"], "rope_theta": formula.ROPE_THETA,
-            "model_type": "llava_qwen2", "mm_vision_tower": f"mobileclip_l_{formula.SIDE}", "mm_hidden_size": 3072,
+    return {**{k: text[k] for k in formula.TEXT}, "rms_norm_eps": text["rms_norm_eps"],
+            "rope_theta": formula.ROPE_THETA, "model_type": "llava_qwen2", "mm_vision_tower": f"mobileclip_l_{formula.SIDE}", "mm_hidden_size": 3072,
             "mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad", "mm_patch_merge_type": "flat",
             "mm_vision_select_layer": -2, "mm_use_im_start_end": False, **changes}
 
@@ -120,7 +120,8 @@ def test_tiles_of_fastvithd_are_arranged_as_siglips(tmp_path):
     assert c.aspect == "anyres" and seen.tiling.grid == (1, 2) and seen.tiling.tokens == 16 + 4 * 9
 
 
-@pytest.mark.parametrize("change", [{"image_mean": [0.5] * 3}, {"image_std": [0.5] * 3}, {"do_rescale": False}], ids=str)
+@pytest.mark.parametrize("change", [{"image_mean": [0.5] * 3}, {"image_std": [0.5] * 3}, {"do_rescale": False}],
+                         ids=str)
 def test_other_pixels_are_refused(change, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(apples_config()))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.0] * 3, "image_std": [1.0] * 3}))
