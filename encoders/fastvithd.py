@@ -1,9 +1,9 @@
 """FastViTHD, the vision encoder of FastVLM (Vasu et al. 2024): convolutions at high resolution, attention at low.
 
-A picture goes in whole. The stem and four of the five stages halve its sides, so a token stands for 64 x 64 pixels:
-256 of them for 1024 x 1024, where patches of 14 would be 5,329. The convolutions are in merged inference form: where
-training had several branches, batch norms and a skip, there is the one convolution that they add up to (reparam_conv).
-timm's module names, which Hugging Face's files of FastVLM have, too.
+A picture goes in whole. The stem halves its sides twice, and four of the five stages once, so a token stands for 64 x
+64 pixels: 256 of them for 1024 x 1024, where patches of 14 would be 5,329. The convolutions are in merged inference
+form: where training had several branches, batch norms and a skip, there is the one convolution that they add up to
+(reparam_conv). timm's module names, which Hugging Face's files of FastVLM have, too.
 
 Letters: P pictures, d features, H and W sides of the map of features, N = H * W tokens.
 """
