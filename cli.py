@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,16 @@ NANO = Path(__file__).parent / "nano"  # the shipped miniature; its dense model 
 
 class Parser(argparse.ArgumentParser):
     """A command line of any script: bad input gives one line `error: ...` on stderr and exit status 2."""
+
+    def __init__(self, doc="", **how):
+        """doc: the script's docstring, whose indented lines are the examples at the end of --help."""
+        super().__init__(**how)
+        self.examples = [line.strip() for line in doc.splitlines() if line.startswith("    ")]
+
+    def format_help(self):
+        wrapped = [textwrap.fill(line, 80, initial_indent="  ", subsequent_indent=" " * 6, break_long_words=False,
+                                 break_on_hyphens=False) for line in self.examples]
+        return super().format_help() + "\n".join(["\nexamples:", *wrapped, ""] * bool(wrapped))
 
     def error(self, message):
         message = " ".join(message.split())

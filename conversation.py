@@ -15,13 +15,14 @@ from decoding import generate
 class Conversation:
     """What several questions share, and the turns that were kept."""
 
-    def __init__(self, model, prompt, sa, pixels="all", text_capacity=512, timings=None):
+    def __init__(self, model, prompt, sa, pixels="all", text_capacity=512, timings=None, known=None):
         """prompt: the system text and the images, a data.Prompt; it runs now, over the pixels that may do. With sa
         "auto" the layers before the route layer run, and each other layer when a question is first sent there. sa,
         pixels: as in VLM.generate. text_capacity: tokens to reserve for questions and answers; the cache grows beyond.
+        known: of each image the arrange.Pieces of its first tiles, where they have been encoded.
         """
-        self.model, self.sa, self.capacity = model, sa, text_capacity
-        self.prompts, self.trees, self.known = [prompt], {}, None
+        self.model, self.sa, self.wanted, self.capacity = model, sa, pixels, text_capacity
+        self.prompts, self.trees, self.known = [prompt], {}, known
         small = data.overview(prompt, model.config)
         self.pixels = model.config.allowed_pixels(pixels, sa) if small else "all"
         self.shift = small.end - prompt.end if small else 0
@@ -49,11 +50,27 @@ class Conversation:
         tree = self.trees[pixels]
         for prompt in self.prompts[len(tree.segments):]:
             seen = self.seen(prompt, pixels)
-            if seen.images and pixels == "overview":
-                with timer(timings, "encoder", self.model.device):
-                    self.known = self.model.pieces(seen.images, timings=timings)
-            tree.extend([seen], timings, self.known)
+            tree.extend([seen], timings, self.encoded(seen.images, timings))
         return tree
+
+    def encoded(self, images, timings):
+        """The Pieces of images, of which none is encoded twice; all tiles stay known where the overview asks for one.
+        """
+        if not images:
+            return None
+        known = self.known and [k.of(slice(x.tiling.tiles)) for k, x in zip(self.known, images)]
+        with timer(timings, "encoder", self.model.device):
+            found = self.model.pieces(images, known, timings)
+        if self.known is None or len(found[0].features) > len(self.known[0].features):
+            self.known = found
+        return found
+
+    def with_layers(self, sa, pixels="all"):
+        """The same images and turns in another configuration, or with other pixels: what was said runs anew there, and
+        nothing is encoded again. sa, pixels: as in VLM.generate."""
+        new = Conversation(self.model, self.prompts[0], sa, pixels, self.capacity, known=self.known)
+        new.prompts = self.prompts
+        return new
 
     @torch.no_grad()
     def answer(self, prompt, keep=False, routes=None, layer_tokens=None, timings=None, **how):

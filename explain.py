@@ -123,17 +123,20 @@ def draw(path, images, processed, config, report, look, questions=1):
     kept, merged = (heat(x, look.places, processed) for x in (look.kept, look.merged))
     columns = 6
     cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
-    thumbs = {l: montage(images, heat(weights, look.places, processed), where, cell)
-              for l, weights in look.weights.items()}
-    line = max((t.height for t, _ in thumbs.values()), default=0) + 72
+    found = {l: times_the_mean(images, heat(weights, look.places, processed), where)
+             for l, weights in look.weights.items()}
+    peaks = {l: peak for l, (_, peak) in found.items()}
+    top = max(peaks.values(), default=0.0)
+    thumbs = {l: montage(images, layers, top, cell) for l, (layers, _) in found.items()}
+    line = max((t.height for t in thumbs.values()), default=0) + 72
     shown = fit(tiled(images, processed, config, kept, merged, where), 520, 380)
     grids = [f"{counted(p.tiling.tiles, 'tile')}, {counted(p.tiling.tokens, 'token')}" for p in processed]
     caption = [textwrap.shorten("; ".join(grids), 60, placeholder=" ..."),
                *wrap(kept_note(kept, merged, where, look.added, config), 18, 520)]
     asked, answer = (wrap(report[name], size, WIDTH - 2 * MARGIN) for name, size in (("question", 34), ("answer", 26)))
     answer = answer[:3] or ["(no answer)"]
-    top = 150 + 34 * len(answer)
-    heads = top + max(shown.height + 25 * len(caption), 275) + 45
+    middle = 150 + 34 * len(answer)
+    heads = middle + max(shown.height + 25 * len(caption), 275) + 45
     page = Image.new("RGB", (WIDTH, heads + line * -(-len(thumbs) // columns) + MARGIN - 10), PAPER)
     pen = ImageDraw.Draw(page)
 
@@ -142,13 +145,13 @@ def draw(path, images, processed, config, report, look, questions=1):
     for row in answer:
         y = write(pen, MARGIN, y, row, 26, PALE) + 8
 
-    page.paste(shown, (MARGIN, top))
-    y = top + shown.height + 10
+    page.paste(shown, (MARGIN, middle))
+    y = middle + shown.height + 10
     for row in caption:
         y = write(pen, MARGIN, y, row, 18, PALE) + 4
 
     left = MARGIN + 520 + 2 * GAP
-    strip(pen, left, top, WIDTH - MARGIN - left, config, report["sa"])
+    strip(pen, left, middle, WIDTH - MARGIN - left, config, report["sa"])
     flops = report["flops"]
     saving = flops["saving"]
     less = f"{saving:.1f}x fewer operations than" if saving > 1 else f"{1 / saving:.1f}x more operations than" if \
@@ -158,20 +161,20 @@ def draw(path, images, processed, config, report, look, questions=1):
              f"{flops['llm'] / 1e9:,.4g} {spent}; the vision encoder took {flops['encoder'] / 1e9:,.4g}",
              f"{report['text_tokens']} text and {counted(report['vision_tokens'], 'visual token')}, "
              f"{counted(len(report['tokens']), 'token')} of answer"]
-    y = top + 150
+    y = middle + 150
     for i, fact in enumerate(facts):
         y = write(pen, left, y, fact, 20 if i else 30, PALE if i else INK) + 14
 
-    write(pen, MARGIN, heads - 16, "Where the answer's attention went, each layer on its own scale:", 24)
-    scale(page, pen, WIDTH - MARGIN - 620, heads - 12)
-    for i, (l, (thumb, peak)) in enumerate(thumbs.items()):
+    write(pen, MARGIN, heads - 16, "Where the answer's attention went, all layers on one scale:", 24)
+    scale(page, pen, WIDTH - MARGIN, heads - 20, top)
+    for i, (l, thumb) in enumerate(thumbs.items()):
         x, y = MARGIN + i % columns * (cell + GAP), heads + 26 + i // columns * line
         kind = "self-attention" if l in report["sa"] else "cross-attention"
         pen.rectangle((x, y, x + cell - 1, y + 4), fill=KINDS[kind])
         page.paste(thumb, (x, y + 5))
         note = f"layer {l}, self: {percent(look.shares[l])} on the image" if l in report["sa"] else f"layer {l}, cross"
         below = write(pen, x, y + thumb.height + 9, note, 16, PALE)
-        write(pen, x, below, f"brightest: {peak:.3g}x the mean" if peak else "brightest: none", 16, PALE)
+        write(pen, x, below, f"brightest: {peaks[l]:.3g}x the mean" if peaks[l] else "brightest: none", 16, PALE)
     page.save(path)
 
 
@@ -230,9 +233,9 @@ def stretched(cells, box, size, how):
     return Image.fromarray(np.pad(cells, 1, mode="edge")).resize(size, how, [x + 1 for x in box])
 
 
-def montage(images, maps, where, width):
-    """(The images side by side, dimmed, with their heat on top; how many times the mean the brightest colour is). One
-    scale for all of them, from low to high. maps: of `heat`; where: their `boxes`."""
+def times_the_mean(images, maps, where):
+    """(Of each image how many times the mean of all the attention at a pixel is, (height, width); how many times the
+    brightest have). maps: of `heat`; where: their `boxes`."""
     layers = []
     for image, own, own_boxes in zip(images, maps, where):
         total = np.zeros(image.size[::-1])
@@ -242,15 +245,22 @@ def montage(images, maps, where, width):
             total += stretched((heat_map * cells).astype(np.float32), box, image.size, Image.BICUBIC)
         layers.append(total.clip(0))
     every = np.concatenate([t.ravel() for t in layers])
-    low, mean, out = np.quantile(every, 0.05), every.mean(), []
-    high = np.quantile(every[every > 0], 0.995) if mean > 0 else 0.0  # of a few patches, too
-    for image, total in zip(images, layers):
-        x = ((total - low) / ((high - low) or 1)).clip(0, 1)[..., None]
+    if not every.any():
+        return layers, 0.0
+    mean = every.mean()
+    return [t / mean for t in layers], np.quantile(every[every > 0], 0.995) / mean  # of a few patches, too
+
+
+def montage(images, layers, top, width):
+    """The images side by side, dimmed, with their heat on top. layers: of `times_the_mean`; the colours are
+    logarithmic, from nothing to `top` times the mean, for all layers alike."""
+    out = []
+    for image, times in zip(images, layers):
+        x = (np.log1p(times) / np.log1p(max(top, 1))).clip(0, 1)[..., None]
         grey = np.asarray(image.convert("L"), dtype=float)[..., None] * 0.45 + 20
-        colour = heat_colour(x[..., 0])
         mix = 0.25 + 0.55 * x
-        out.append(Image.fromarray((grey * (1 - mix) + colour * mix).astype(np.uint8)))
-    return fit(side_by_side(out), width, width * 2), high / mean if mean > 0 else 0.0
+        out.append(Image.fromarray((grey * (1 - mix) + heat_colour(x[..., 0]) * mix).astype(np.uint8)))
+    return fit(side_by_side(out), width, width * 2)
 
 
 def heat_colour(x):
@@ -260,13 +270,18 @@ def heat_colour(x):
     return HEAT[below] + (HEAT[below + 1] - HEAT[below]) * (at - below)[..., None]
 
 
-def scale(page, pen, x, y):
-    """What the colours mean."""
-    bar = np.broadcast_to(heat_colour(np.linspace(0, 1, 200)), (16, 200, 3)).astype(np.uint8)
-    x += 20 + pen.textlength("least", ImageFont.load_default(18))
-    write(pen, x - 12 - pen.textlength("least", ImageFont.load_default(18)), y - 2, "least", 18, PALE)
-    page.paste(Image.fromarray(bar), (round(x), y))
-    write(pen, x + 212, y - 2, "most, as said below; the mean is the image's", 18, PALE)
+def scale(page, pen, right, y, top):
+    """What the colours mean, in times the mean of a layer's attention to the image: a bar that ends at `right`."""
+    width, font = 320, ImageFont.load_default(18)
+    bar = np.broadcast_to(heat_colour(np.linspace(0, 1, width)), (16, width, 3)).astype(np.uint8)
+    x, unit = round(right - width - pen.textlength("x the mean", font) - 70), "x the mean"
+    page.paste(Image.fromarray(bar), (x, y))
+    marks = [n for n in (0, 1, 3, 10, 30, 100, 300) if n < 0.7 * top]
+    for n in [*marks, top] if top > 1 else [0, 1]:
+        label, at = f"{n:.3g}", x + width * math.log1p(n) / math.log1p(max(top, 1))
+        pen.line((at, y, at, y + 20), fill=INK, width=1)
+        write(pen, at - pen.textlength(label, font) / 2, y + 19, label, 16, PALE)
+    write(pen, x + width + 30, y - 2, unit, 18, PALE)
 
 
 def square_box(w, h):

@@ -226,7 +226,7 @@ def cross_parameters(c):
 # --- the command ----------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
-    p = Parser(description="What every configuration costs.")
+    p = Parser(doc=__doc__, description="What every configuration costs.")
     p.add_argument("--model", default="llava-ov-0.5b", help=f"{', '.join(PRESETS)}, nano, or a checkpoint directory "
                    "(default: llava-ov-0.5b)")
     p.add_argument("--image", action="append", metavar="WxH", help="size of an image in pixels; may be given several "

@@ -264,7 +264,8 @@ def summarise(config, results, groups, text, image_size, dense=None):
 # --- command line ---------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
-    p = Parser(description="What each configuration can do, what it costs, and what the router makes of it.")
+    p = Parser(doc=__doc__,
+               description="What each configuration can do, what it costs, and what the router makes of it.")
     p.add_argument("--search", action="store_true", help="evaluate sub-networks of a model trained with all its "
                    "candidates, draw a heat map, and write the viable ones into the model's config.json")
     p.add_argument("--label", metavar="FILE", help="all viable configurations on training questions, a line for each "

@@ -2,6 +2,7 @@
 
     python sample.py --image a.png --q "What is in the image?"
     python sample.py --image a.png --q "How many?" --q "Which colour?" --sa 1,4 --json
+    python sample.py --image a.png                               a conversation
     python sample.py --batch questions.jsonl --out answers.jsonl
 
 The images are encoded once and run through the layers once; each further question costs only its own text. --batch asks
@@ -21,6 +22,7 @@ import fcntl
 import json
 import math
 import textwrap
+from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from tqdm import tqdm
 import data
 import pictures
 from answers import answers
+from chat import Chat, Stream, talk
 from cli import Parser, checkpoint_path, counted, leave, placement, run, signals, writing
 from config import PIXELS
 from costs import Costs, Route, report_of, summary, within_budget
@@ -44,7 +47,7 @@ ASKED = ("model", "sa", "pixels", "budget", "reduce", "min_pixels", "max_pixels"
 
 
 def parse(argv=None):
-    p = Parser(description="Ask questions about images.",
+    p = Parser(doc=__doc__, description="Ask questions about images.",
                epilog="Answers go to stdout, one a line; all else to stderr. Operations of a question are those "
                "spent on it, the images once; what is saved is over all questions so far, against dense asked the "
                "same.")
@@ -107,8 +110,12 @@ def parse(argv=None):
 def check_batch(p, args):
     """Either --q or --batch, and what goes with it; adds what the second needs."""
     if not args.batch:
-        if not args.q:
-            p.error("give a question, --q TEXT, or many of them, --batch FILE.jsonl")
+        if not args.q and not (sys.stdin.isatty() and sys.stdout.isatty()):
+            p.error("give a question, --q TEXT, or many of them, --batch FILE.jsonl; on a terminal a conversation "
+                    "begins without them")
+        for name, mend in (("json", "is for --q"), ("explain", "is for --q; in a conversation type /explain FILE.png")):
+            if not args.q and getattr(args, name):
+                p.error(f"--{name} {mend}")
         for name in ("out", "batch_size"):
             if getattr(args, name) is not None:
                 p.error(f"--{name.replace('_', '-')} is for --batch; leave it out")
@@ -182,19 +189,6 @@ def warn_of_other_worlds(questions, images, tokenizer):
               file=sys.stderr)
 
 
-class Stream:
-    """Writes an answer to the terminal as it comes. Bytes of a character that is not complete yet are held back."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
-
-    def __call__(self, _, token):
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
-        print(text[len(self.shown):], end="", flush=True)
-        self.shown = text
-
-
 def load_model(args):
     """The VLM of --model, placed, reduced and compiled as the command line says."""
     device = placement(args.device)
@@ -223,10 +217,12 @@ def main(argv=None):
     if args.batch:
         return answer_file(args)
     images = [pictures.load_image(path) for path in args.image]  # before the model: mistakes show at once
-    for q in args.q:
+    for q in args.q or ():
         text_of(q, len(images))
     model = load_model(args)
     c, single = model.config, len(images) == 1
+    if not args.q:
+        return converse(args, model, images)
     texts = [text_of(q, len(images), c) for q in args.q]
     images = [pictures.to_rgb(image, c.transparency) for image in images]
     processed = [data.process_image(image, c, single) for image in images]
@@ -269,6 +265,24 @@ def main(argv=None):
         look = explain.attention_to_images(model, seen, tokens, routes[0].sa)
         explain.draw(args.explain, images, seen.images, c, report, look, costs.questions)
         print(f"{args.explain}: where the last answer's attention went", file=sys.stderr)
+
+
+def converse(args, model, images):
+    """Without --q: a conversation on the terminal."""
+    c = model.config
+    if c.reduction.inside:
+        raise ValueError(f"--reduce {c.reduce}: which tokens go depends on the question, so a conversation has nothing "
+                         "to go on from; ask with --q")
+    if c.world == "toy":
+        warn_of_other_worlds([], images, model.tokenizer)
+    warn_of_layers(args, c)
+
+    def choose(sa, text, vision, dense_vision):
+        own = Namespace(**{**vars(args), "sa": sa, "budget": args.budget if sa == "auto" else None})
+        sa, allowed = configuration(own, c, text, vision, dense_vision)
+        return sa, allowed, c.allowed_pixels(pixels_of(own, c), sa, allowed)
+    talk(Chat(model, images, args.sa, choose, max_tokens=args.max_tokens, temperature=args.temperature,
+              top_p=args.top_p, seed=args.seed))
 
 
 # --- many questions, each with images of its own --------------------------------------------------------------------

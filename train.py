@@ -189,7 +189,8 @@ def start(model, stage, out, s, first, checkpoint, samples, distributed):
 # --- command line -----------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
-    p = Parser(description="Train: without --stage, the miniature's stages 1 to 3 from nano/dense, then the table.",
+    p = Parser(doc=__doc__,
+               description="Train: without --stage, the miniature's stages 1 to 3 from nano/dense, then the table.",
                epilog="The miniature's stage 0 takes about 2 h 45 min on one core, its others 16 min together on two.")
     p.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="0 dense pretraining, 1 the new cross-attentions "
                    "alone, 2 everything, universal, 3 the router")

@@ -90,7 +90,8 @@ def show(samples, i, colours):
 
 
 def main(argv=None):
-    p = cli.Parser(description="Training data: look at a sample, or check them all.", prog="python -m llava")
+    p = cli.Parser(doc=__doc__, description="Training data: look at a sample, or check them all.",
+                   prog="python -m llava")
     action = p.add_mutually_exclusive_group(required=True)
     action.add_argument("--show", metavar="FILE", help="a sample as the model gets it: learned tokens green, others "
                         "red; into a pipe or a file, learned ones in [[...]]")

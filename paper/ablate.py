@@ -90,7 +90,7 @@ def tables(rows, dense):
 
 
 def main(argv=None):
-    p = Parser(description="Ablations on the miniature (paper, Tables 3 and 4).")
+    p = Parser(doc=__doc__, description="Ablations on the miniature (paper, Tables 3 and 4).")
     add_flags(p, "out/ablate", RUNS)
     p.add_argument("--control", metavar="DIR", help="for the control: a dense model from `python train.py --stage 0 "
                    "--auxiliary-weight 0`")

@@ -371,7 +371,8 @@ ANALYSES = {  # name: (analysis, drawing)
 
 
 def parse(argv=None):
-    p = Parser(description="Attention, similarity of vision, layers without vision; configurations, routes, oracle, "
+    p = Parser(doc=__doc__,
+               description="Attention, similarity of vision, layers without vision; configurations, routes, oracle, "
                "cost (paper: Figures 2 to 4 and 6 to 10).")
     p.add_argument("--what", nargs="+", choices=ANALYSES, metavar="NAME", help=f"{', '.join(ANALYSES)} (default: all "
                    "that the model allows)")

@@ -304,7 +304,7 @@ def plot(result, path):
 
 
 def parse(argv=None):
-    p = Parser(description="How fast, against transformers' LLaVA-OneVision and ours dense.")
+    p = Parser(doc=__doc__, description="How fast, against transformers' LLaVA-OneVision and ours dense.")
     p.add_argument("--tiles", type=int, action="append", choices=list(IMAGES), help="tiles of the image; may be "
                    "given several times (default: 1, 5, on CUDA 10, too)")
     p.add_argument("--batch", type=int, action="append", metavar="N", help="prompts at once; may be given several "

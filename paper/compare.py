@@ -178,7 +178,8 @@ def draw(path, found):
 
 
 def main(argv=None):
-    p = Parser(description="VISOR and the reductions of visual tokens, on the miniature (paper, Tables 1, 2, 7).")
+    p = Parser(doc=__doc__,
+               description="VISOR and the reductions of visual tokens, on the miniature (paper, Tables 1, 2, 7).")
     add_flags(p, "out/compare", TRAINED)
     args = parse(p, argv, TRAINED)
     if not args.report:

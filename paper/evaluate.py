@@ -290,7 +290,7 @@ def answer_files(out):
 
 def parse(argv=None):
     """(what this command is asked, what is left for sample.py)."""
-    p = Parser(description="What a model gets right on benchmarks, and what it costs.", allow_abbrev=False,
+    p = Parser(doc=__doc__, description="What a model gets right on benchmarks, and what it costs.", allow_abbrev=False,
                epilog="All else goes to sample.py: --model, --sa, --pixels, --budget, --reduce, --dtype, --device, "
                "--threads, --compile.")
     p.add_argument("--data", metavar="FILE", help=".jsonl or .json: rows with image, question, answers and task or "

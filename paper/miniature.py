@@ -106,7 +106,7 @@ def draw_first_token(path, found):
 
 
 def main(argv=None):
-    p = Parser(description="Evaluate the shipped miniature.")
+    p = Parser(doc=__doc__, description="Evaluate the shipped miniature.")
     p.add_argument("--questions", type=int, default=1000, metavar="N", help="questions a task and seed (default: 1000)")
     p.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0, 1, 2)")
     p.add_placement("float32")

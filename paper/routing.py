@@ -94,7 +94,8 @@ def tables(results):
 
 
 def main(argv=None):
-    p = Parser(description="Routers on the miniature, three seeds, with all tasks and with three left out.")
+    p = Parser(doc=__doc__,
+               description="Routers on the miniature, three seeds, with all tasks and with three left out.")
     add_flags(p, "out/routing")
     args = parse(p, argv)
     results = {label: [experiment(seed, left_out, args) for seed in args.seeds]

@@ -267,7 +267,8 @@ def show_seconds(theirs, ours):
 # --- command line -----------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
-    p = Parser(description="A checkpoint in transformers and here, side by side, then VISOR's equalities on this "
+    p = Parser(doc=__doc__,
+               description="A checkpoint in transformers and here, side by side, then VISOR's equalities on this "
                "device. Exit status 1 if a line says FAIL.")
     p.add_argument("--model", required=True, metavar="DIR|HUB-ID", help="a checkpoint; transformers loads those of "
                    "llava-hf, of others its half is skipped")

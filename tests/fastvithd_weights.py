@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 GOLDEN = Path(__file__).with_name("fastvithd_golden.npz")
 PUBLISHED = SimpleNamespace(vision_hidden=3072)
 IN_FILES = "model.vision_tower.timm_model."  # before the tower's names in Hugging Face's files
-SIZES = (256, 256), (384, 384), (512, 512), (384, 256)  # width, height of the pictures whose features the golden file has
-FEATURES = slice(5, None, 23)                # of 3,072: those that it has
+SIZES = (256, 256), (384, 384), (512, 512), (384, 256)  # width, height of pictures whose features the golden file has
+FEATURES = slice(5, None, 23)                # of 3,072: which it has
 
 # The small language model of the whole
 TEXT = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,

@@ -167,6 +167,12 @@ def per_forward(m, sa):
     return calls
 
 
+def overlaid(image, maps, boxes, width):
+    """One image with its heat, on its own scale, and how many times the mean the brightest have."""
+    layers, peak = explain.times_the_mean([image], [maps], boxes)
+    return explain.montage([image], layers, peak, width), peak
+
+
 @pytest.mark.parametrize("where, corner", [(0, (0, 0)), (3, (1, 0)), (12, (0, 1)), (15, (1, 1))])
 def test_heat_lands_where_the_token_is(where, corner):
     """All attention on one token of the base tile: the brightest quarter of the image is the token's."""
@@ -178,13 +184,13 @@ def test_heat_lands_where_the_token_is(where, corner):
     w[where] = 0.7
     maps, = explain.heat(w, places, [p])
     assert sum(part.sum() for part in maps) == pytest.approx(0.7)
-    drawn = np.asarray(explain.montage([image], [maps], boxes, 64)[0].convert("L"), dtype=float)
+    drawn = np.asarray(overlaid(image, maps, boxes, 64)[0].convert("L"), dtype=float)
     quarters = drawn[:64, :64].reshape(2, 32, 2, 32).mean((1, 3))
     assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
     grid = np.zeros(p.tiling.tokens)  # the same in the grid, 8 x 8 tokens and a newline a row
     grid[16 + (1 + 5 * (where > 3)) * 9 + 1 + 5 * (where % 4 > 1)] = 1.0
     maps, = explain.heat(grid, places, [p])
-    drawn = np.asarray(explain.montage([image], [maps], boxes, 64)[0].convert("L"), dtype=float)
+    drawn = np.asarray(overlaid(image, maps, boxes, 64)[0].convert("L"), dtype=float)
     quarters = drawn[:64, :64].reshape(2, 32, 2, 32).mean((1, 3))
     assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
     last = np.zeros(p.tiling.tokens)
@@ -201,12 +207,22 @@ def test_the_scale_is_that_of_the_brightest_colour():
     w[:2, :2] = 1
     for factor in (1, 1e-3, 1e-12):
         maps, = explain.heat(np.append(w.ravel() * factor, 0), places, [p])
-        page, peak = explain.montage([image], [maps], [explain.boxes(image, p.tiling, True)], 64)
+        page, peak = overlaid(image, maps, [explain.boxes(image, p.tiling, True)], 64)
         assert peak == pytest.approx(4, rel=0.2)
         drawn = np.asarray(page.convert("L"), dtype=float)
         assert drawn[8:24, 8:24].min() > drawn[40:, 40:].max() + 50
-    page, peak = explain.montage([image], [[w * 0]], [[(0, 0, 4, 4)]], 64)
+    page, peak = overlaid(image, [w * 0], [[(0, 0, 4, 4)]], 64)
     assert peak == 0 and len(page.getcolors()) == 1
+
+
+def test_all_layers_have_one_scale():
+    """What is as many times the mean has the same colour, whatever the other layers have."""
+    image = Image.new("RGB", (64, 64))
+    layers = [np.full((64, 64), times) for times in (0.0, 1.0, 9.0, 30.0)]
+    shown = [explain.montage([image], [layer], 30.0, 64).getpixel((30, 30)) for layer in layers]
+    assert len(set(shown)) == 4 and [sum(x) for x in shown] == sorted(sum(x) for x in shown)
+    assert shown[2] == explain.montage([image], [np.where(np.arange(64) < 32, 9.0, 0.1) + np.zeros((64, 64))], 30.0,
+                                       64).getpixel((10, 30))
 
 
 @pytest.mark.parametrize("share, words", [(0, "<0.1%"), (1e-9, "<0.1%"), (0.003, "0.3%"), (0.0996, "10.0%"),
@@ -471,7 +487,7 @@ def test_a_single_patch_has_a_scale():
     """Of 729, its attention is far above the mean, and drawn."""
     image, cells = Image.new("RGB", (270, 270)), np.zeros((27, 27))
     cells[5, 20] = 1e-4
-    page, peak = explain.montage([image], [[cells]], [[(0, 0, 27, 27)]], 270)
+    page, peak = overlaid(image, [cells], [[(0, 0, 27, 27)]], 270)
     drawn = np.asarray(page.convert("L"), dtype=float)
     assert 300 < peak < 1000 and np.unravel_index(drawn.argmax(), drawn.shape) == pytest.approx((55, 205), abs=5)
 

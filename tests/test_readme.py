@@ -1,6 +1,7 @@
 """What README.md and paper/README.md say is still true."""
 import json
 import re
+import sys
 from pathlib import Path
 
 import flops
@@ -36,8 +37,10 @@ def test_the_map_of_the_paper_leads_to_the_lines_it_names():
         assert not symbol or re.match(rf"\s*(def|class) {symbol}\b", found), (file, symbol, found)
 
 
-def test_commands_parse_and_their_files_exist():
-    for line in re.findall(r"python sample\.py (.*)", TEXT):
+def test_commands_parse_and_their_files_exist(monkeypatch):
+    for stream in (sys.stdin, sys.stdout):  # without --q a conversation begins
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    for line in re.findall(r"python sample\.py ([^#`\n]*)", TEXT):
         words = re.findall(r'"[^"]*"|\S+', line)
         sample.parse([w.strip('"') for w in words])
     parsers = {"train.py": train, "router.py": router, "flops.py": flops, "-m toy": toy.__main__}
@@ -52,6 +55,44 @@ def test_commands_parse_and_their_files_exist():
         assert (ROOT / path).exists(), path
     for path in re.findall(r"(?<=[\s(])(results/[\w./-]*\w)", EVIDENCE):
         assert (ROOT / "paper" / path).exists(), path
+
+
+def test_the_first_command_prints_what_it_says(capsys):
+    first = re.search(r"# install, and ask about an image: prints (\w+)\n.* && python sample\.py (.*)", TEXT)
+    wanted, words = first.groups()
+    sample.main([w.strip('"') for w in re.findall(r'"[^"]*"|\S+', words)])
+    assert capsys.readouterr().out == wanted + "\n"
+
+
+def test_the_conversation_is_one_that_was_had(capsys, monkeypatch):
+    """Answers and routes as printed, but for the seconds."""
+    shown = re.search(r"```\n\$ python sample\.py (.*)\n((?:.*\n)+?)```", TEXT)
+    said = [line[2:] for line in shown[2].splitlines() if line.startswith("> ")]
+    lines = iter(said)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError()))
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    sample.main(shown[1].split())
+    out, err = capsys.readouterr()
+    found, notes = out.splitlines(), [line for line in err.splitlines() if line.startswith("--sa ")]
+    want = shown[2].splitlines()
+    assert len(said) == len(notes) and want[1::3] == found[:len(said)]
+    assert [re.sub(r", [0-9.]+ s$", "", line) for line in want[2::3]] == [
+        re.sub(r", [0-9.]+ s$", "", line) for line in notes]
+
+
+def test_readme_is_short():
+    assert len(TEXT.splitlines()) < 250 and len(TEXT.split()) < 2000
+
+
+def test_what_it_buys_is_what_is_counted():
+    """To the first token, encoder included, 5 tiles, two self-attention layers."""
+    for size, shown in (("0.5b", "1.8\ntimes"), ("1.5b", "3.3 at"), ("7b", "6.8 at")):
+        c = preset(f"llava-ov-{size}")
+        tilings = flops.images(flops.parse(["--tiles", "5"]), c)
+        dense, two = flops.compare(flops.count(c, [range(c.layers), (1, 4)], 40, tilings, 16, 1),
+                                   flops.count(c, [range(c.layers)], 40, tilings, 16, 1)[0])
+        assert f"{two['saving_first_token']:.1f}" == shown[:3] and shown in TEXT
 
 
 def test_the_bench_table_is_what_was_measured_of_the_operations_that_are_counted():
@@ -85,7 +126,7 @@ def test_the_miniatures_figures_are_those_that_were_measured():
     for name, task in world.TASKS.items():
         level = "coarse" if task.level < 0 else "detail" if task.level == 0 else f"relations, {task.level}"
         line = rf"^\| {name} \| {task.template.split('{')[0]}.*\| {re.escape(task.benchmark)} \| {level}\b"
-        assert re.search(line, TEXT, re.M), name
+        assert re.search(line, EVIDENCE, re.M), name
 
 
 def test_the_routers_figures_are_those_that_were_measured():

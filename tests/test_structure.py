@@ -15,12 +15,12 @@ ORDER = """cli methods config pictures data families flops
            report parallel
            layout layers encoders.siglip encoders.fastvithd encoders.qwen2_vl encoders reduction arrange pruning explain
            cache_tree decoding weights model
-           conversation answers costs evaluation checkpoints router stages train sample
+           conversation answers costs chat evaluation checkpoints router stages train sample
            paper.metrics paper.tasks paper.evaluate paper.lmms
            paper.trials paper.numbers paper.systems paper.clock paper.ablate paper.bench paper.miniature paper.routing
            paper.compare paper.inside paper.analyse paper.masked paper.equalities paper.verify paper""".split()
 # flops.py and every --help answer at once
-NO_TORCH = """methods config families pictures data flops cli answers costs explain toy.world llava.samples
+NO_TORCH = """methods config families pictures data flops cli answers costs chat explain toy.world llava.samples
               paper.metrics paper.tasks""".split()
 
 

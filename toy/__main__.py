@@ -14,18 +14,20 @@ from tqdm import tqdm
 from cli import Parser, atomic, counted, run
 from data import IMAGE
 from toy import world
+from toy.font import SIGNS
 
 BLACK, RED, GREY = (32, 33, 36), (190, 40, 30), (130, 134, 140)
 TURNS = 10  # questions in an exported conversation
 
 
 def show(path, seed, n):
-    """A contact sheet: n held-out quilts of each kind, four times enlarged, with a question a task and its answer."""
+    """A contact sheet: n held-out quilts of each kind, four times enlarged, with a question a task and its answer;
+    below them the signs."""
     size, width, gap, line = world.SIZE * 4, 800, 24, 46  # pixels of a quilt, a column, a margin, a question
     stratum = {task: name for name, tasks in world.STRATA.items() for task in tasks}
     quilts = world.eval_set(seed, n)
     height = max(size, line * max(len(asked) for _, asked in quilts)) + gap
-    sheet = Image.new("RGB", (len(world.KINDS) * width + gap, n * height + gap), (255, 255, 255))
+    sheet = Image.new("RGB", (len(world.KINDS) * width + gap, n * height + gap + 90), (255, 255, 255))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(19)
     for i, (image, asked) in enumerate(quilts):
         x, y = gap + i % len(world.KINDS) * width, gap + i // len(world.KINDS) * height
@@ -38,6 +40,10 @@ def show(path, seed, n):
             pen.text((left, y + 21), answer, RED, font)
             pen.text((left + 80, y + 21), f"{task} ({stratum[task]}{depth})", GREY, font)
             y += line
+    for i, (name, sign) in enumerate(SIGNS.items()):
+        x, y = gap + i * (sheet.width - gap) // len(SIGNS), n * height + gap
+        sheet.paste(Image.fromarray(np.uint8(~sign) * 255).resize((40, 40), Image.NEAREST), (x, y))
+        pen.text((x, y + 46), name, GREY, font)
     sheet.save(path)
 
 
@@ -59,7 +65,7 @@ def write(directory, seed, n):
 
 
 def parse(argv=None):
-    p = Parser(prog="python -m toy", description="The miniature's world: images, questions, answers.")
+    p = Parser(doc=__doc__, prog="python -m toy", description="The miniature's world: images, questions, answers.")
     p.add_argument("--show", metavar="FILE.png", help="draw a contact sheet with questions and answers")
     p.add_argument("--write", metavar="DIR", help="write images, and conversations in LLaVA's format: quilts.json")
     p.add_argument("--n", type=int, metavar="N", help="quilts of each kind to show, quilts to write (default: 3, 1000)")
