@@ -407,10 +407,9 @@ def test_logits_in_bfloat16(pair):
     """As far from float32 as theirs are."""
     images, reference, ours = pictures_of(SETS[3]), in_bfloat16(pair.theirs), in_bfloat16(pair.ours)
     prompt = prompt_of(ours, images)
-    batch, vocab = data.collate([prompt]), ours.config.vocab
-    exact = pair.ours.head(pair.ours(batch, dense(ours)))[0]
-    theirs = reference(**inputs(pair, images)).logits[0, prompt.t_pos][:, :vocab]
-    mine = ours.head(ours(batch, dense(ours)))[0]
+    exact, theirs = (net(**inputs(pair, images)).logits[0, prompt.t_pos][:, :ours.config.vocab]
+                     for net in (pair.theirs, reference))
+    mine = ours.head(ours(data.collate([prompt]), dense(ours)))[0]
     assert theirs.dtype == mine.dtype == torch.bfloat16
     assert 0 < (mine - exact).norm() < 1.3 * (theirs - exact).norm() < 0.05 * exact.norm()
 
