@@ -31,7 +31,7 @@ class Tiling(NamedTuple):
     resized: tuple   # (width, height) in pixels of the image on the canvas; the rest is black
     grid: tuple      # (rows, columns) of tiles
     crop: tuple      # (rows, columns) of tokens dropped at each side, because they see only black
-    size: tuple      # (rows, columns) of tokens kept, after the interpolation
+    size: tuple      # (rows, columns) of the grid's tokens that are kept, after the interpolation
     interpolated: bool  # above max_tiles' worth of tokens the grid is interpolated down to `size`
     newlines: int    # image_newline vectors: one a row, or one after a lone tile
     tokens: int      # visual tokens in all, newlines included

@@ -112,7 +112,7 @@ def left_behind(v_img, v_rope):
     if not v_rope.shape[2]:
         return 0 * v_img
     is_last = np.diff(v_img, axis=1, append=-1) != 0      # the last of an image; padding has -1
-    return np.where(is_last & (v_img >= 0), -v_rope.max(axis=2), 0)
+    return np.where(is_last, -v_rope.max(axis=2), 0)
 
 
 def rotary_ids(t_pos, v_pos, v_img, v_rope, past):

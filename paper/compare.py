@@ -83,7 +83,7 @@ def measured(model, plan, n=60):
     c, spent, dense = model.config, [], []
     for image, asked in world.eval_set(7, n // 12 or 1):
         for _, question, _ in asked[:4]:
-            prompt = data.encode(data.chatml([data.place_images(question, 1)]), model.tokenizer,
+            prompt = data.encode(data.chatml([data.place_images(question, 1, c)]), model.tokenizer,
                                  [data.process_image(image, c)])
             tokens, timings = [], {}
             model.generate([prompt], plan.sa, plan.pixels, timings=timings, layer_tokens=tokens, max_tokens=1)

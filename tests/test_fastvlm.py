@@ -31,7 +31,9 @@ def apples_name(name):
         ours = next(part for part in APPLE if name.startswith(part + "."))
         name = APPLE[ours] + name.removeprefix(ours)
         name = re.sub(r"^(network\.[1358]\.proj\.0)\.reparam_conv", r"\1.lkb_reparam", name)
-        name = name.replace(".mlp.", ".convffn.").replace(".gamma", "").replace(".se.fc1.", ".se.reduce.").replace(".se.fc2.", ".se.expand.")
+        for theirs, apples in ((".mlp.", ".convffn."), (".gamma", ""), (".se.fc1.", ".se.reduce."),
+                               (".se.fc2.", ".se.expand.")):
+            name = name.replace(theirs, apples)
         return "model.vision_tower.vision_tower.model." + name
     name = name.replace("model.multi_modal_projector.linear_1.", "model.mm_projector.0.")
     name = name.replace("model.multi_modal_projector.linear_2.", "model.mm_projector.2.")
@@ -41,7 +43,8 @@ def apples_name(name):
 def apples_config(**changes):
     text = json.loads(str(GOLDEN["config"]))["text_config"]
     return {**{k: text[k] for k in formula.TEXT}, "rms_norm_eps": text["rms_norm_eps"],
-            "rope_theta": formula.ROPE_THETA, "model_type": "llava_qwen2", "mm_vision_tower": f"mobileclip_l_{formula.SIDE}", "mm_hidden_size": 3072,
+            "rope_theta": formula.ROPE_THETA, "model_type": "llava_qwen2", "mm_hidden_size": 3072,
+            "mm_vision_tower": f"mobileclip_l_{formula.SIDE}",
             "mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad", "mm_patch_merge_type": "flat",
             "mm_vision_select_layer": -2, "mm_use_im_start_end": False, **changes}
 
