@@ -38,17 +38,19 @@ class Stream:
 class Chat:
     """One person's conversation with a model. Lines that begin by / are commands, all others questions."""
 
-    def __init__(self, model, images, sa, choose, **how):
+    def __init__(self, model, images, sa, choose, warn=None, **how):
         """images: PIL images. sa: what --sa said. choose(sa, text, vision, dense vision): (what VLM.generate is called
-        with, the configurations that a router may choose, the pixels) for such a --sa and so many tokens. how: as in
-        decoding.generate."""
+        with, the configurations that a router may choose, the pixels) for such a --sa and so many tokens.
+        warn(questions, images): says what the model can't know of them. how: as in decoding.generate."""
         self.model, self.sa, self.choose, self.how = model, sa, choose, how
+        self.warn = warn or (lambda questions, images: None)
         self.begin(images)
 
     def begin(self, images):
         """Forgets what was said, and looks at other images."""
         c, single = self.model.config, len(images) == 1
         images = [pictures.to_rgb(image, c.transparency) for image in images]
+        self.warn([], images)
         processed = [data.process_image(image, c, single) for image in images]
         self.dense_vision = sum(data.tiling(*image.size, c.unreduced(), single).tokens for image in images)
         text = data.chatml([data.place_images("?", len(images), c)])
@@ -66,6 +68,7 @@ class Chat:
             data.place_images(question, 0)  # raises where it is empty
             text = data.chatml([question])
             text = text[text.index("<|im_start|>user"):]
+        self.warn([question], self.images)
         said = self.conversation.prompts if self.conversation else [self.prefix]
         prompt = data.encode(text, self.model.tokenizer, start=said[-1].end)
         n_text = sum(len(p.ids) for p in said) + len(prompt.ids)
@@ -140,6 +143,9 @@ def talk(chat, read=None):
             return print()
         except KeyboardInterrupt:  # of a line that was begun
             print()
+            continue
+        except UnicodeDecodeError:
+            tell("error: that line is not valid UTF-8; write it anew")
             continue
         try:
             if line:

@@ -41,6 +41,8 @@ def save(out, model, opts, state, keep=2, rank=0):
     All ranks call it, rank 0 writes. Returns its path. Raises ValueError where it cannot be written."""
     model.config.stage, model.config.step = str(state["stage"]), state["step"]
     target = out / f"stage{state['stage']}-{state['step']:06d}"
+    if hasattr(model, "reshard"):  # under FSDP generating leaves copies in the dtype of the products
+        model.reshard()
     gathered = [{}, {}]  # parameters, optimisers' states: every rank gathers them, rank 0 alone keeps them
     named = [(0, n, p.detach()) for n, p in model.named_parameters()]
     named += [(1, f"{kind}.{name}.{key}", x) for kind, (opt, names, _) in opts.items()

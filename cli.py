@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc="", **how):
         """doc: the script's docstring, whose indented lines are the examples at the end of --help."""
         super().__init__(**how)
-        self.examples = [line.strip() for line in doc.splitlines() if line.startswith("    ")]
+        self.examples = [line.strip() for line in doc.splitlines() if re.match(r" {4}\S", line)]
 
     def format_help(self):
         wrapped = [textwrap.fill(line, 80, initial_indent="  ", subsequent_indent=" " * 6, break_long_words=False,

@@ -111,6 +111,11 @@ class Config:
         return self.tile // self.cell
 
     @property
+    def connector_hidden(self):
+        """Features between the two layers of the connector."""
+        return self.features if self.encoder == "qwen2_vl" else self.hidden
+
+    @property
     def has_newlines(self):
         """Whether rows of a grid of tiles end by a learned vector."""
         return self.aspect == "anyres"
@@ -210,9 +215,13 @@ class Config:
         if self.encoder == "qwen2_vl" and self.vision_hidden // self.vision_heads % 4:
             raise ValueError(f"vision_heads {self.vision_heads}: rows and columns turn a quarter of a head's features "
                              f"each, and {self.vision_hidden // self.vision_heads} have no quarter")
+        self.mrope = numbers("mrope", self.mrope, range(1, 1025))
+        if not self.patches:
+            raise ValueError(f"tile {self.tile} does not go with patch {self.patch}, of which a token has several")
+        if self.mrope and self.encoder != "qwen2_vl":
+            raise ValueError(f"mrope {short(self.mrope)}: encoder {self.encoder} has no rows and columns to turn by")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels}: must not be above max_pixels {self.max_pixels}")
-        self.mrope = numbers("mrope", self.mrope, range(1, 1025))
         if self.mrope and (len(self.mrope) != 3 or 2 * sum(self.mrope) != self.head_dim):
             raise ValueError(f"mrope {self.mrope}: must be three numbers, {self.head_dim // 2} in all")
 

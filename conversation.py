@@ -69,7 +69,7 @@ class Conversation:
         """The same images and turns in another configuration, or with other pixels: what was said runs anew there, and
         nothing is encoded again. sa, pixels: as in VLM.generate."""
         new = Conversation(self.model, self.prompts[0], sa, pixels, self.capacity, known=self.known)
-        new.prompts = self.prompts
+        new.prompts = list(self.prompts)
         return new
 
     @torch.no_grad()

@@ -31,14 +31,14 @@ QWEN2_VL = {"vision_hidden": ("embed_dim", 1280), "vision_layers": ("depth", 32)
             "patch": ("patch_size", 14)}
 # What data.py does with pixels, beside the encoder's colours; and what generation does not do, with the value that
 # asks for nothing
-PREPROCESSING = {"do_resize": True, "do_rescale": True, "do_normalize": True}
-JOINED = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}  # Qwen2-VL
+PREPROCESSING = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": 3}
+JOINED = {"merge_size": 2, "temporal_patch_size": 2}  # Qwen2-VL
 NOT_FOLLOWED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
                 "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {}}
 
 
 def read_config(directory):
-    """The Config of a checkpoint directory (LLaVA-OneVision by llava-hf or lmms-lab, or our own). Raises ValueError."""
+    """The Config of a checkpoint directory of any family, or of our own. Raises ValueError."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing: {directory} is no checkpoint directory")
@@ -124,8 +124,11 @@ def _preprocessed(config, raw):
     for key, value in {**PREPROCESSING, "image_mean": mean, "image_std": std}.items():
         _expect(raw, key, value)
     if config.aspect != "dynamic":
+        for key in ("size", "crop_size"):
+            if any(n != config.tile for n in _given(raw, key).values()):
+                raise ValueError(f"{key} {short(raw[key])}: must be the tile's {config.tile} pixels")
         return config
-    for key, value in JOINED.items():
+    for key, value in {**JOINED, "patch_size": config.patch}.items():
         _expect(raw, key, value)
     sizes, found = _given(raw, "size"), {}
     for name, other in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
@@ -328,7 +331,8 @@ def load_tokenizer(directory):
     """The Qwen2 tokenizer of a checkpoint directory. Raises ValueError."""
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing; copy it from the checkpoint's page or from Qwen/Qwen2-0.5B-Instruct")
+        raise ValueError(f"{path} is missing; copy it from the checkpoint's page, for "
+                         "LLaVA-OneVision or from Qwen/Qwen2-0.5B-Instruct")
     try:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.encode("\0")  # fails without a token for what is unknown

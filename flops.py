@@ -79,8 +79,8 @@ def connector_flops(c, tiles, patches=None):
     tokens = math.prod(r.grid(patches) if r.method == "pack" else patches)
     if r.method in PICKED:
         tokens = r.tokens(c.patches)
-    inside = c.features if c.encoder == "qwen2_vl" else c.hidden
-    return 2 * tiles * tokens * (c.features * (4 if r.option == "widen" else 1) * inside + inside * c.hidden)
+    first = c.features * (4 if r.option == "widen" else 1)
+    return 2 * tiles * tokens * (first + c.hidden) * c.connector_hidden
 
 
 def llm_flops(c, sa, text, vision, past_text=0, past_vision=0, paper=False, head=True, layers=None):
@@ -278,8 +278,8 @@ def images(args, c):
     if args.pixels == "overview":
         return [overview_tiling(c)]
     if args.tiles:
-        if c.aspect == "dynamic":
-            raise ValueError("--tiles: this model sees an image without tiles; give its size with --image")
+        if c.aspect != "anyres":
+            raise ValueError("--tiles: this model sees an image without a grid of tiles; give its size with --image")
         tokens = c.reduction.tokens(c.patches, args.tiles)
         return [lone_tile(c)._replace(grid=(1, args.tiles - 1), newlines=0, tokens=tokens)]
     sizes = []

@@ -267,9 +267,8 @@ class Connector(nn.Module):
     def __init__(self, c):
         super().__init__()
         widened = 4 if c.reduction.option == "widen" else 1  # sub-tokens
-        inside = c.features if c.encoder == "qwen2_vl" else c.hidden
-        self.linear_1 = nn.Linear(c.features * widened, inside)
-        self.linear_2 = nn.Linear(inside, c.hidden)
+        self.linear_1 = nn.Linear(c.features * widened, c.connector_hidden)
+        self.linear_2 = nn.Linear(c.connector_hidden, c.hidden)
 
     def forward(self, x):  # (..., features) -> (..., d)
         return self.linear_2(F.gelu(self.linear_1(x)))  # the exact GELU here, the tanh one inside SigLIP

@@ -127,6 +127,9 @@ class Reduction(NamedTuple):
         if self.picks and c.encoder != "siglip":
             raise ValueError(f"{name}: patches are scored by SigLIP's attention, and this encoder is {c.encoder}; give "
                              "pack, downsample or m3")
+        if self.option == "picture" and c.aspect == "pad":
+            raise ValueError(f"{name}: a picture that was made smaller would be padded and enlarged again; give "
+                             f"downsample:{self.ratio:g}")
         if self.inside and c.mrope:
             raise ValueError(f"{name}: what is left would not stand in rows and columns, as M-RoPE counts them; give "
                              "pack, downsample or m3")
@@ -233,11 +236,16 @@ def for_step(config, seed, step):
 
 
 def add_flags(parser, what="the visual tokens of each image become fewer"):
-    """--reduce and --pack of a command, and the flags of encoders without tiles."""
+    """--reduce and --pack of a command, and what `add_pixels` adds."""
     parser.add_argument("--reduce", metavar="METHOD", help=f"{what}: {', '.join(FORMS)}; with settings visionzip:"
                         "104+24, m3:4 (m3 alone: 8 times fewer), hired:0.2, ...; pyramiddrop and sparsevlm need the "
                         "dense configuration; none: all tokens (default: as the checkpoint says)")
     parser.add_argument("--pack", metavar="R", help="the same as --reduce pack:R, about R times fewer tokens a tile")
+    add_pixels(parser)
+
+
+def add_pixels(parser):
+    """--min-pixels and --max-pixels, for Config.bound_pixels."""
     for name, what in (("min", "fewer is enlarged"), ("max", "more is shrunk")):
         parser.add_argument(f"--{name}-pixels", type=int, metavar="N", help=f"Qwen2-VL: a picture of {what} (default: "
                             "as the checkpoint says)")

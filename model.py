@@ -135,8 +135,9 @@ class VLM(nn.Module):
         out = list(known)
         for rows in by_size(new):
             tiles = send(torch.cat([torch.from_numpy(new[i]) for i in rows]), self.device)
-            # 16 at a time bound the memory; in training all at once, as every rank must call the encoder equally often
-            at_once = len(tiles) if torch.is_grad_enabled() else 16
+            # 16 tiles' worth bounds the memory; in training all, as every rank must call the encoder equally often
+            at_once = max(1, 16 * 729 * self.config.patch ** 2 // tiles[0, 0].numel())
+            at_once = len(tiles) if torch.is_grad_enabled() else min(16, at_once)
             parts = [self.piece(normalise(x, self.dtype, self.config), timings) for x in tiles.split(at_once)]
             found = [x.split([len(new[i]) for i in rows]) for x in map(torch.cat, zip(*parts))]
             for i, own in zip(rows, zip(*found)):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import data
 import report
+import weights
 from cli import Parser, append_rows, atomic, checkpoint_path, free_threads, placement, run
 from config import Plan, plan_name, sa_name
 from evaluation import accuracy, all_results, evaluate, opened
@@ -124,7 +125,7 @@ def fingerprint(model, eval_set):
     """Checksums of a model, its router left out, and of an evaluation set, its images as they stand in their files."""
     settings = {**vars(model.config), "router": False, "route_threshold": 0, "stage": "", "step": 0}  # no history
     of_model, of_set = zlib.crc32(json.dumps(settings).encode()), 0
-    for label, p in model.named_parameters():
+    for label, p in weights.stored(model).items():
         if not label.startswith("router."):
             of_model = zlib.crc32(p.detach().float().cpu().numpy().tobytes(), of_model)
     for image, questions in eval_set:

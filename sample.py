@@ -151,6 +151,7 @@ def configuration(args, config, text, vision, dense_vision):
 
 def pixels_of(args, config):
     """What VLM.generate is called with. Raises ValueError where the model cannot have it."""
+    config.allowed_pixels(args.pixels if args.pixels == "overview" else "all", ())
     chooses = config.router and config.overview
     if args.pixels == "auto" and not chooses:
         raise ValueError("--pixels auto: this model has no router that chooses them; give overview or all")
@@ -273,15 +274,18 @@ def converse(args, model, images):
     if c.reduction.inside:
         raise ValueError(f"--reduce {c.reduce}: which tokens go depends on the question, so a conversation has nothing "
                          "to go on from; ask with --q")
-    if c.world == "toy":
-        warn_of_other_worlds([], images, model.tokenizer)
     warn_of_layers(args, c)
+    warn = partial(warn_of_other_worlds, tokenizer=model.tokenizer) if c.world == "toy" else None
+    pixels_of(args, c)  # mistakes show at once
 
     def choose(sa, text, vision, dense_vision):
-        own = Namespace(**{**vars(args), "sa": sa, "budget": args.budget if sa == "auto" else None})
+        own = {"sa": sa, "budget": args.budget if sa == "auto" else None}
+        if args.pixels == "auto" and sa != "auto":
+            own["pixels"] = None
+        own = Namespace(**{**vars(args), **own})
         sa, allowed = configuration(own, c, text, vision, dense_vision)
         return sa, allowed, c.allowed_pixels(pixels_of(own, c), sa, allowed)
-    talk(Chat(model, images, args.sa, choose, max_tokens=args.max_tokens, temperature=args.temperature,
+    talk(Chat(model, images, args.sa, choose, warn, max_tokens=args.max_tokens, temperature=args.temperature,
               top_p=args.top_p, seed=args.seed))
 
 

@@ -206,6 +206,9 @@ def load(kind, name, dtype, device):
         raise ValueError(f"{directories[-1]}/tokenizer.json has token ids up to {tokens - 1}, the model only "
                          f"{config.vocab} rows; get both from the same place")
     config.vocab = tokens  # rows beyond are padding
+    if config.encoder == "qwen2_vl" and None in map(tokenizer.token_to_id, ("<|vision_start|>", "<|vision_end|>")):
+        raise ValueError(f"{directories[-1]}/tokenizer.json has no <|vision_start|> and <|vision_end|>; use that of a "
+                         "Qwen2-VL")
     files, unexpected = scan(directories, config)
     if "lm_head.weight" not in files:
         config.tied = True

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 import cli
+import methods
 from families import load_tokenizer, read_config
 from llava.samples import KINDS, Samples
 from pictures import SampleError
@@ -78,7 +79,8 @@ def show(samples, i, colours):
         while position < end:
             tiling = next(images).tiling
             rows, columns = tiling.grid
-            text += f"[image: base tile and {rows} x {columns} tiles, {tiling.tokens} tokens]"
+            tiles = f"base tile and {rows} x {columns} tiles, " if tiling.canvas else ""
+            text += f"[image: {tiles}{tiling.tokens} tokens]"
             position += tiling.tokens
     for start, stop in pairwise(borders):
         images_until(prompt.t_pos[start])
@@ -99,8 +101,9 @@ def main(argv=None):
                         "exit status 1 if anything is")
     p.add_argument("--index", type=int, default=0, metavar="N", help="which sample to show (default: 0)")
     p.add_argument("--images", metavar="DIR", help="where the images' paths start (default: where FILE is)")
-    p.add_argument("--model", default=cli.NANO, metavar="DIR", help="checkpoint directory with the tokenizer and the "
-                   "tile size (default: nano)")
+    p.add_argument("--model", default=cli.NANO, metavar="DIR", help="checkpoint directory with the tokenizer and what "
+                   "images become (default: nano)")
+    methods.add_pixels(p)
     p.add_argument("--label-rule", default="assistant", choices=("assistant", "llava"), help="what is learned: answers "
                    "(default), or what LLaVA-OneVision learns, all markers and newlines too")
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest sample, text and vision together")
@@ -108,8 +111,10 @@ def main(argv=None):
                    "(default: all cores)")
     args = p.parse_args(argv)
     model = cli.checkpoint_path(args.model)
-    samples = Samples(args.check if args.show is None else args.show, args.images, load_tokenizer(model),
-                      read_config(model), args.label_rule, args.max_tokens)
+    config = read_config(model)
+    config.bound_pixels(args)
+    samples = Samples(args.check if args.show is None else args.show, args.images, load_tokenizer(model), config,
+                      args.label_rule, args.max_tokens)
     if args.check:
         table, errors = check(samples, args.workers)
         print(table)

@@ -183,13 +183,16 @@ def oracle_choices(subject):
 
 
 def cost(subject):
-    """Figure 10: the language model's prefill, from one tile's tokens to those of the largest image; no encoder."""
+    """Figure 10: the language model's prefill, from one tile's tokens to those of the largest image; no encoder. An
+    image without tiles is cut as finely; where one is a tile, to as many images."""
     c = subject.config.unreduced()
     c = c if c.ca or c.sa else c.add_visor()              # of a dense model: what it would cost as VISOR
     eval_set = subject.eval_set("cost")
     _, text, _ = subject.reference(eval_set, [{"image": 0, "task": eval_set[0][1][0][0]}])
-    most = 1 + (c.max_tiles or max(w * h for w, h in c.pinpoints))
-    lengths = [c.patches ** 2 * k // 4 for k in range(4, 4 * most + 1)]
+    one, most = c.patches ** 2, 1 + (c.max_tiles or max(w * h for w, h in c.pinpoints))
+    if c.aspect == "dynamic":
+        one = max(1, c.max_pixels // c.cell ** 2 // most)
+    lengths = [one * k // 4 for k in range(4, 4 * most + 1)]
     every = tuple(range(c.layers))
     flops = {sa_name(c, sa): [prompt_flops(c, sa, text, n) for n in lengths]
              for sa in dict.fromkeys([every, *sorted([(), *c.viable], key=lambda sa: (-len(sa), sa))])}

@@ -92,11 +92,11 @@ def kernel_counts(config, labels):
                 vision_ffn=16, vision_layers=1)
     ours, found = Ours(c, torch.float32), {}
     ours.model.train()  # or on CUDA a graph would start them as one
-    prompts, images = ours.prompts(1, 1)
     for label in labels:
         sa, pack = SYSTEMS[label]
         system, counts = Theirs(c, torch.float32) if sa is None else ours, []
         ours.model.config.reduce = f"pack:{pack}"
+        prompts, images = ours.prompts(1, 1)
         seen = system.encode(images)
         for tokens in (1, 2, 4):  # the second makes the layout of all that follow
             with Kernels() as kernels:

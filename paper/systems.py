@@ -139,7 +139,7 @@ class Theirs:
     def __init__(self, config, dtype):
         from transformers import (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config,
                                   SiglipVisionConfig)
-        c = config
+        self.config = c = config
         vision = SiglipVisionConfig(hidden_size=c.vision_hidden, num_hidden_layers=c.vision_layers,
                                     num_attention_heads=c.vision_heads, intermediate_size=c.vision_ffn,
                                     image_size=c.tile, patch_size=c.patch, vision_use_head=False)
@@ -154,7 +154,7 @@ class Theirs:
     def encode(self, images):
         model, like = self.model.model, self.model.lm_head.weight
         x = send(torch.stack([torch.from_numpy(p.pixels) for p in images]), like.device)
-        x = normalise(x, like.dtype, self.config)                   # (images, tiles, 3, tile, tile)
+        x = normalise(x, like.dtype, self.config)      # (images, tiles, 3, tile, tile)
         if images[0].tiling.canvas is None:
             out = model.vision_tower(x.flatten(0, 1), output_hidden_states=True)
             return list(model.multi_modal_projector(out.hidden_states[-1]))

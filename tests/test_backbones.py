@@ -13,7 +13,9 @@ import torch
 
 import data
 import explain
+import families
 import flops
+import router
 import sample
 import train
 from config import PRESETS, Config, preset
@@ -373,4 +375,58 @@ def test_flags_of_pictures(flags, message, tmp_path, capsys):
 
 def test_pixels_by_flag_are_for_pictures_without_tiles(capsys):
     assert call(flops.main, "--max-pixels", 10 ** 6) == 2 and "tiles of 384 pixels" in capsys.readouterr().err
-    assert call(flops.main, "--model", "qwen2-vl-2b", "--tiles", 3) == 2 and "without tiles" in capsys.readouterr().err
+    assert call(flops.main, "--model", "qwen2-vl-2b", "--tiles", 3) == 2 and "--tiles" in capsys.readouterr().err
+
+
+# --- found by review --------------------------------------------------------------------------------------------------
+
+def test_a_tokenizer_without_the_marks_of_images_is_refused(tmp_path):
+    tiny.model(1, **BACKBONES["qwen2-vl"]).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tiny.tokenizer().to_str())
+    with pytest.raises(ValueError, match="no <.vision_start.> and <.vision_end.>"):
+        VLM.from_pretrained(tmp_path)
+
+
+def test_the_overview_is_refused_before_any_question(tmp_path, capsys):
+    tiny.model(1, **BACKBONES["fastvlm"]).save_pretrained(tmp_path / "m")
+    tiny.image(50, 60).save(tmp_path / "x.png")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"image": "x.png", "question": "what?"}) + "\n")
+    words = ["--batch", tmp_path / "q.jsonl", "--model", tmp_path / "m", "--pixels", "overview", "--sa", "none"]
+    assert call(sample.main, *words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "no base tile" in err
+
+
+def test_a_smaller_picture_that_would_be_enlarged_again_is_refused():
+    with pytest.raises(ValueError, match="downsample:4$"):
+        tiny.config(**{**tiny.BACKBONES["fastvlm"], "reduce": "downsample:4:picture"})
+    assert tiny.config(**{**tiny.BACKBONES["qwen2-vl"], "reduce": "downsample:4:picture"}).reduction.option == "picture"
+
+
+def test_statistics_are_part_of_what_labels_are_of():
+    m, eval_set = tiny.model(1, **BACKBONES["fastvlm"]), [(tiny.image(9, 9), [("a", "b", "c")])]
+    before = router.fingerprint(m, eval_set)
+    next(m.buffers()).add_(1)
+    assert router.fingerprint(m, eval_set) != before
+
+
+def test_large_pictures_are_encoded_a_few_at_a_time():
+    m, sizes = tiny.model(1, **{**BACKBONES["qwen2-vl"], "max_pixels": 10 ** 6}), []
+    m.vision_tower.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape)))
+    small, large = (process_image(tiny.image(n, n), m.config) for n in (84, 560))
+    with torch.no_grad():
+        found = m.encode([small] * 20 + [large] * 9)
+    assert [n for n, _, h, _ in sizes if h == 84] == [16, 4] and [n for n, _, h, _ in sizes if h == 560] == [7, 2]
+    assert len(found) == 29 and all(torch.equal(x, found[0]) for x in found[:16])
+
+
+@pytest.mark.parametrize("changes", [{"rescale_factor": 1 / 128}, {"resample": 2}, {"size": {"shortest_edge": 512}},
+                                     {"crop_size": {"height": 192, "width": 64}}], ids=str)
+def test_other_sizes_and_resampling_are_refused(changes, tmp_path):
+    c = tiny.config(**tiny.BACKBONES["fastvlm"])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({
+        "rescale_factor": 1 / 255, "resample": 3, "size": {"shortest_edge": 192}, "crop_size": {"height": 192}}))
+    assert families._with_other_files(c, tmp_path) == c
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(changes))
+    with pytest.raises(ValueError, match=[*changes][0]):
+        families._with_other_files(c, tmp_path)

@@ -206,3 +206,34 @@ def test_plans_are_told_as_sa_calls_them():
     m = model()
     own = Chat(m, [tiny.image(70, 90)], "dense", chosen(m), max_tokens=2)
     assert own.ask("what?").startswith("--sa dense, ") and own.last[3].ran == Plan(tuple(range(6)))
+
+
+def test_what_was_said_in_other_layers_stays_apart():
+    m = model()
+    own = Chat(m, [tiny.image(70, 90)], "1", chosen(m), max_tokens=2)
+    own.ask("one")
+    first = own.conversation
+    own.command("/sa 1,4")
+    own.ask("two")
+    assert len(first.prompts) == 3 and len(own.conversation.prompts) == 5
+
+
+def test_layers_by_name_go_on_without_the_router_of_pixels(tmp_path, monkeypatch, capsys):
+    """--pixels auto is for --sa auto; /sa names layers, and then all is seen."""
+    model().save_pretrained(tmp_path / "m")
+    tiny.image(50, 60).save(tmp_path / "x.png")
+    monkeypatch.setattr(chat, "talk", lambda own: talk(own, lines("one", "/sa 1,4", "two", "/sa auto", "three")))
+    monkeypatch.setattr(sample, "talk", chat.talk)
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    assert call(sample.main, "--model", tmp_path / "m", "--image", tmp_path / "x.png", "--pixels", "auto",
+                "--max-tokens", 2, "--device", "cpu") == 0
+    err = capsys.readouterr().err
+    assert "error" not in err and err.count(" of answer, ") == 3
+
+
+def test_a_line_that_is_no_text_ends_nothing(capsys):
+    m = model()
+    own = Chat(m, [], "1", chosen(m), max_tokens=2)
+    talk(own, lines(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "one"))
+    assert "not valid UTF-8" in capsys.readouterr().err and len(own.conversation.prompts) == 3

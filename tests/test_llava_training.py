@@ -348,7 +348,7 @@ def test_two_processes_learn_as_one(fsdp, reduce, files, tmp_path):
 
 def test_fsdp_has_its_own_mixed_precision(files, tmp_path):
     """bfloat16 by FSDP's policy is about autocast's; weights on the disk are float32."""
-    flags = arguments(files, tmp_path / "one", "--steps", 4, "--dtype", "bfloat16")
+    flags = arguments(files, tmp_path / "one", "--steps", 4, "--dtype", "bfloat16", "--sample-every", 2)
     assert call(*flags) == 0
     flags[flags.index(str(tmp_path / "one"))] = str(tmp_path / "two")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",

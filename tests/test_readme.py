@@ -4,6 +4,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 import flops
 import llava.__main__
 import router
@@ -79,6 +81,16 @@ def test_the_conversation_is_one_that_was_had(capsys, monkeypatch):
     assert len(said) == len(notes) and want[1::3] == found[:len(said)]
     assert [re.sub(r", [0-9.]+ s$", "", line) for line in want[2::3]] == [
         re.sub(r", [0-9.]+ s$", "", line) for line in notes]
+
+
+def test_examples_of_the_help_are_commands(capsys):
+    for program in (flops, router, sample, train, toy.__main__):
+        with pytest.raises(SystemExit):
+            program.parse(["--help"])
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80
+        examples = [line for line in shown.partition("\nexamples:\n")[2].splitlines() if not line.startswith("   ")]
+        assert examples and all(line.startswith(("  python ", "  torchrun ")) for line in examples)
 
 
 def test_readme_is_short():
