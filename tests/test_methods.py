@@ -138,7 +138,8 @@ def test_the_plot_counts_what_is_dropped(tmp_path, monkeypatch):
     flops.main(["--reduce", "pyramiddrop", "--plot", str(tmp_path / "x.png"), "--json"])
     flops.main(["--sa", "dense", "--plot", str(tmp_path / "x.png"), "--json"])
     (lengths, dropped), *_, (_, dense) = drawn
-    c = flops.settings(SimpleNamespace(min_pixels=None, max_pixels=None, model="llava-ov-0.5b", reduce="pyramiddrop:hard"))
+    c = flops.settings(SimpleNamespace(model="llava-ov-0.5b", reduce="pyramiddrop:hard", min_pixels=None,
+                                       max_pixels=None))
     at = 40
     wanted = flops.prompt_flops(c, range(24), 40, flops.expected_tokens(c, 40, [lengths[at]]))
     assert dropped[at] == wanted / 1e12 and all(a < b for a, b in zip(dropped, dense))
