@@ -49,8 +49,8 @@ def read_config(directory):
             if unknown := sorted(set(raw) - known - {"model_type"}):
                 raise ValueError(f"settings {short(', '.join(unknown))} are unknown to this version")
             config = Config(**{**{k: v for k, v in raw.items() if k in known}, **_plans(raw.get("viable", ()))})
-        elif raw.get("model_type") in FAMILIES:
-            config = FAMILIES[raw["model_type"]](raw)
+        elif isinstance(kind := raw.get("model_type"), str) and kind in FAMILIES:
+            config = FAMILIES[kind](raw)
         elif "mm_vision_tower" in raw:
             config = _llava_original(raw)
         else:

@@ -54,7 +54,8 @@ def slow(m, prompt, n, sa):
         visible = causal if l in sa else causal & ~is_image
         q, k, _ = block.self_attn.qkv_proj(block.input_layernorm(z)).split(
             [h * c.head_dim for h in (c.heads, c.kv_heads, c.kv_heads)], dim=1)
-        q, k = masked.rotated(q, position, c), masked.rotated(k, position, c)
+        rotary = position[:, None].expand(-1, 3)
+        q, k = masked.rotated(q, rotary, c), masked.rotated(k, rotary, c)
         weight = torch.zeros(len(x), len(x), dtype=x.dtype)
         for row in [*query, *answer]:
             for h in range(c.heads):
@@ -64,7 +65,7 @@ def slow(m, prompt, n, sa):
                 weight[row] += e / e.sum() / c.heads
         shares.append([weight[query][:, is_image].sum(1).mean(), weight[answer][:, is_image].sum(1).mean(),
                        weight[answer][:, query].sum(1).mean()])
-        out = masked.qwen2_layer(block, z, position, visible, c)
+        out = masked.qwen2_layer(block, z, rotary, visible, c)
         x = out if l in sa else torch.where(is_image[:, None], x, out)
     return torch.tensor(shares), states
 

@@ -26,7 +26,7 @@ from layout import Past, rotary_ids
 from model import VLM
 from paper.masked import masked_logits, rotary_positions
 from pictures import SampleError
-from tests import tiny
+from tests import test_fastvlm, tiny
 from tests.test_flops import counted
 from tests.test_llava import talk, written
 from tests.test_router import call
@@ -342,6 +342,7 @@ def test_qwen2_vl_as_the_hub_has_it(tmp_path):
 
 @pytest.mark.parametrize("changes, pictures, message", [
     ({"model_type": "qwen2_5_vl"}, (), "model_type 'qwen2_5_vl' is no"),
+    ({"model_type": {}}, (), "model_type {} is no"), ({"model_type": ["qwen2_vl"]}, (), "is no"),
     ({}, None, "preprocessor_config.json is missing"),
     ({}, {"min_pixels": None}, "min_pixels is missing"), ({}, {"max_pixels": "many"}, "max_pixels 'many'"),
     ({}, {"max_pixels": 100}, "min_pixels"), ({}, {"merge_size": 4}, "merge_size 4"),
@@ -430,3 +431,39 @@ def test_other_sizes_and_resampling_are_refused(changes, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(changes))
     with pytest.raises(ValueError, match=[*changes][0]):
         families._with_other_files(c, tmp_path)
+
+
+NASTY = [None, "", "x", -1, 0, 1, 2 ** 70, 1e400, float("nan"), True, [], [1], [[]], {}, {"a": 1}, [None] * 3, "1e9", 0.5]
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "fastvlm by Apple", "fastvlm by transformers"])
+def test_whatever_a_file_says_is_read_or_refused_in_one_line(family, tmp_path):
+    """Every setting of the small files in turn is nonsense of many kinds."""
+    raw = {"qwen2-vl": QWEN, "fastvlm by Apple": test_fastvlm.apples_config(),
+           "fastvlm by transformers": json.loads(str(test_fastvlm.GOLDEN["config"]))}[family]
+    files = {"config.json": raw, "preprocessor_config.json": PICTURES if family == "qwen2-vl" else {
+        "size": {"shortest_edge": 256}, "image_mean": [0.0] * 3, "resample": 3}}
+
+    def places(part, path=()):
+        for key, value in part.items():
+            yield *path, key
+            if isinstance(value, dict):
+                yield from places(value, (*path, key))
+    read = 0
+    for name, content in files.items():
+        for other, unchanged in files.items():
+            (tmp_path / other).write_text(json.dumps(unchanged))
+        for path in places(content):
+            for value in NASTY:
+                changed = json.loads(json.dumps(content))
+                part = changed
+                for key in path[:-1]:
+                    part = part[key]
+                part[path[-1]] = value
+                (tmp_path / name).write_text(json.dumps(changed))
+                try:
+                    read_config(tmp_path)
+                    read += 1
+                except ValueError as e:
+                    assert str(e) and "\n" not in str(e) and len(str(e)) < 600, (path, value)
+    assert read > 20  # what is not looked at, or what is another right value

@@ -481,7 +481,7 @@ def test_every_setting_of_ours_has_its_limits(field, value, tmp_path):
 
 
 def test_no_setting_is_without_a_limit():
-    of_lists = {"reduce", "pinpoints", "ca", "sa", "viable", "overview", "stop_ids"}
+    of_lists = {"reduce", "pinpoints", "ca", "sa", "viable", "overview", "stop_ids", "mrope"}
     assert {f.name for f in dataclasses.fields(settings.Config)} == set(settings.LIMITS) | of_lists
 
 
