@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
 @dataclass
 class Config:
-    """LLaVA-OneVision 0.5B, unless said otherwise. Sizes in features; layer indices are 0-based everywhere."""
+    """A model of any family; by default LLaVA-OneVision 0.5B. Sizes in features; layers are counted from 0 everywhere."""
     # language model: Qwen2
     hidden: int = 896
     layers: int = 24

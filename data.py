@@ -26,9 +26,10 @@ ANSWER = "<|im_start|>assistant\n"  # after it an answer is due
 # --- images ---------------------------------------------------------------------------------------------------------
 
 class Tiling(NamedTuple):
-    """How one image becomes visual tokens. Tokens: base tile (side * side), then the grid row by row."""
-    canvas: tuple    # (width, height) in pixels of the grid of tiles; None when the image is one padded tile
-    resized: tuple   # (width, height) in pixels of the image on the canvas; the rest is black
+    """How one image becomes visual tokens. Tokens: base tile, or all of an image without tiles, then the grid, each row
+    by row."""
+    canvas: tuple    # (width, height) in pixels of the grid of tiles; None when there is none
+    resized: tuple   # (width, height) in pixels of the image, on the canvas where there is one; None: it is padded
     grid: tuple      # (rows, columns) of tiles
     crop: tuple      # (rows, columns) of tokens dropped at each side, because they see only black
     size: tuple      # (rows, columns) of the grid's tokens that are kept, after the interpolation

@@ -1,4 +1,4 @@
-"""VISOR on LLaVA-OneVision: encoder -> connector -> a Qwen2 over two streams with three kinds of layer.
+"""VISOR on any family: encoder -> connector -> a Qwen2 over two streams with three kinds of layer.
 
 The heart is LanguageModel.run: which layers read vision, and how (paper 4.1 to 4.2.2). VLM is the whole model: images
 to visual tokens, the route (4.3), generation, encode once and ask many. There are no image placeholder tokens inside

@@ -291,8 +291,8 @@ def answer_files(out):
 def parse(argv=None):
     """(what this command is asked, what is left for sample.py)."""
     p = Parser(doc=__doc__, description="What a model gets right on benchmarks, and what it costs.", allow_abbrev=False,
-               epilog="All else goes to sample.py: --model, --sa, --pixels, --budget, --reduce, --dtype, --device, "
-               "--threads, --compile.")
+               epilog="All else goes to sample.py: --model, --sa, --pixels, --budget, --reduce, --max-pixels, --dtype, "
+               "--device, --threads, --compile.")
     p.add_argument("--data", metavar="FILE", help=".jsonl or .json: rows with image, question, answers and task or "
                    "metric; or LLaVA's samples")
     p.add_argument("--images", metavar="DIR", help="where the images' paths start (default: FILE's directory)")

@@ -3,8 +3,9 @@
     python -m paper.lmms --tasks mme,docvqa_val --model DIR --sa auto --batch_size 16 --output_path out/lmms
     python -m paper.lmms --tasks quilts --model nano        offline: the miniature's world as a task of lmms-eval
 
---model, --sa, --pixels, --budget, --reduce, --pack, --device, --dtype and --threads are those of sample.py; all else
-goes to lmms-eval as it is, with its own --model and --model_args filled in. Nothing but this command needs it:
+--model, --sa, --pixels, --budget, --reduce, --pack, --min-pixels, --max-pixels, --device, --dtype and --threads are
+those of sample.py; all else goes to lmms-eval as it is, with its own --model and --model_args filled in. Nothing but
+this command needs it:
 
     pip install lmms-eval==0.7.3 'filelock<4'      without a GPU, a CPU torch first: it would bring CUDA's
 
