@@ -49,7 +49,8 @@ class Plan(NamedTuple):
 
 @dataclass
 class Config:
-    """A model of any family; by default LLaVA-OneVision 0.5B. Sizes in features; layers are counted from 0 everywhere."""
+    """A model of any family; by default LLaVA-OneVision 0.5B. Sizes in features; layer indices count from 0 everywhere.
+    """
     # language model: Qwen2
     hidden: int = 896
     layers: int = 24
