@@ -5,7 +5,8 @@
     python -m paper.bench --compare   --quick against that JSON: a ratio that fell by more than a fifth is an error
     python -m paper.bench --measure   seconds of encoder and prefill against the operations that flops.py counts
     python -m paper.bench --pixels    seconds to the first token over the overview, and what asking first costs
-    python -m paper.bench --reduce    likewise with every reduction of visual tokens; bench-reduce-DEVICE-DTYPE.json
+    python -m paper.bench --reduce    likewise with every reduction of visual tokens
+                                      (these three write bench-KIND-DEVICE-DTYPE.json)
 
 Random weights of the 0.5B geometry. Systems take turns, so that a busy machine slows all alike; medians of the rounds.
 An encoder is timed once a round; a row's first token is encoder and prefill, its whole an answer too. transformers runs
@@ -21,18 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from cli import Parser, choose_dtype, run, timer
-from config import PAPER_VIABLE, preset, sa_name
+from config import PAPER_VIABLE, preset
 from data import collate, tiling
-from encoders.siglip import VisionTower
 from flops import answer_flops, cache_bytes, connector_flops, llm_flops, router_flops, tower_flops
-from layout import Past, make_layout
-from model import Connector, LanguageModel
 from paper import clock
 from paper.systems import (ANSWER, IMAGES, TEXT, Kernels, Ours, Theirs, bandwidth, device, machine, matmul_rate,
-                           peak_bytes, random_module, seconds)
+                           peak_bytes)
 from parallel import LossModule
 from stages import set_trainable
 from train import optimizers
@@ -46,44 +43,6 @@ RATIOS = "over_transformers", "over_dense", "realised"   # what --compare looks 
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
-
-def prefill_seconds(config, configurations, text, vision, repeat, dtype=torch.float32):
-    """{configuration: [seconds of the language model's prefill, once a round]}; configurations take turns."""
-    torch.manual_seed(0)
-    llm = random_module(LanguageModel, config, dtype)
-    before = min(14, text - 1)  # the system line and the start of the user's
-    pos = np.arange(text + vision)[None]
-    t_pos, v_pos = np.concatenate([pos[:, :before], pos[:, before + vision:]], 1), pos[:, before:before + vision]
-    t, v = (torch.randn(1, n, config.hidden, device=device(), dtype=dtype) for n in (text, vision))
-
-    def prefill(sa):
-        layout = make_layout(t_pos, v_pos, 0 * v_pos, np.zeros((1, vision, 0), int), Past.empty(1), config, t.device)
-        h = llm(t, v, layout, sa)[:, -1]
-        F.linear(h, llm.embed_tokens.weight)
-    for sa in configurations:
-        if len(sa) < config.layers:
-            seconds(prefill, sa)  # warms up
-    out = {sa: [] for sa in configurations}
-    for _ in range(repeat):
-        for sa in configurations:
-            out[sa].append(seconds(prefill, sa))
-    return out
-
-
-def explain_seconds(config, configurations, text, vision, tiles, repeat=3):
-    """For --measure: encoder and prefill in seconds, and the counted operations over the matmul rate."""
-    tower, connector = random_module(VisionTower, config), random_module(Connector, config)
-    x = torch.randn(tiles, 3, config.tile, config.tile, device=device())
-    seconds(lambda: connector(tower(x[:1])))
-    encoder = statistics.median(seconds(lambda: connector(tower(x))) for _ in range(repeat))
-    rate = matmul_rate(config)
-    times = prefill_seconds(config, configurations, text, vision, repeat)
-    rate = (rate + matmul_rate(config)) / 2  # before and after, as the machine may change its mind
-    fixed = tower_flops(config, tiles) + connector_flops(config, tiles)
-    return {"machine": machine(), "matmul": rate, "rows": [
-        {"sa": sa_name(config, sa), "encoder": encoder, "llm": statistics.median(times[sa]),
-         "counted": (fixed + llm_flops(config, sa, text, vision)) / rate} for sa in configurations]}
-
 
 def kernel_counts(config, labels):
     """{label: {"prefill", "token"}}: the kernels that are started for a prompt of one tile and for each further token,
@@ -124,7 +83,7 @@ def measure(ours, theirs, labels, tiles, batch, rounds):
                 encoded[key] = timings["encoder"], seen
             timings["encoder"], seen = encoded[key]
             before = peak_bytes(reset=True)
-            system.answer(prompts, seen, sa, timings)
+            system.answer(prompts, seen, sa, timings, ANSWER)
             if i:
                 timings["decode"] /= ANSWER - 1
                 runs[label].append({**timings, "peak": peak_bytes() - before})
@@ -211,9 +170,25 @@ def training(ours, config, tiles, batch, rate, dtype):
 
 # --- showing ----------------------------------------------------------------------------------------------------------
 
+def conditions(result):
+    """Where and how a result was measured, in two lines."""
+    matmul, memory = (result[key] / 1e9 for key in ("matmul", "bandwidth"))
+    return (f"{result['machine']}, torch {result['torch']}, transformers {result['transformers']}, {result['dtype']};\n"
+            f"matrix products at {matmul:,.0f} GFLOP/s, memory at {memory:,.1f} GB/s")
+
+
+def short_table(result):
+    """How much faster than transformers one prompt of 5 tiles is: three rows, as markdown."""
+    found = {r["system"]: r["over_transformers"] for r in result["rows"] if (r["tiles"], r["batch"]) == (5, 1)}
+    lines = ["| | prefill | first token, encoder included |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {label} | {found[system]['prefill']:.1f}x | {found[system]['first']:.2f}x |" for
+                              label, system in (("ours, dense", "dense"), ("2 self-attention layers", "2"),
+                                                ("none", "none"))])
+
+
 def table(result):
     """The rows as markdown, a table for each number of tiles and batch size."""
-    lines, found, kernels = [], result["rows"], result["kernels"]
+    lines, found, kernels = [], result["rows"], result.get("kernels")
     for key in dict.fromkeys((r["tiles"], r["batch"]) for r in found):
         here = [r for r in found if (r["tiles"], r["batch"]) == key]
         lines += ["", f"{key[0]} tiles, {here[0]['visual_tokens']:,} visual tokens, batch {key[1]}:", "",
@@ -228,29 +203,17 @@ def table(result):
                          f"{1000 * r['decode']:.1f} | {over['decode']:.2f}x | "
                          f"{r['total']:.2f} | {over['total']:.2f}x | {r['prompts_per_second']:.3g} | "
                          f"{r['matmul_share']:.0%} | {r['bandwidth_share']:.0%} | {r['cache'] / 1e6:.0f} |")
-    lines += ["", "| kernels started |" + "".join(f" {label} |" for label in kernels),
-              "|---" * (1 + len(kernels)) + "|"]
-    lines += [f"| {what} |" + "".join(f" {n[what]:,.0f} |" for n in kernels.values()) for what in ("prefill", "token")]
+    if kernels:
+        lines += ["", "| kernels started |" + "".join(f" {label} |" for label in kernels),
+                  "|---" * (1 + len(kernels)) + "|"]
+        lines += [f"| {what} |" + "".join(f" {n[what]:,.0f} |" for n in kernels.values())
+                  for what in ("prefill", "token")]
     if result.get("training"):
         lines += ["", "| training | tiles | batch | s a step | tokens/s | matmul | GB |", "|---" * 7 + "|"]
         lines += [f"| {r['training']} | {r['tiles']} | {r['batch']} | {r['seconds']:.2f} | "
                   f"{r['tokens_per_second']:,.0f} | {r['matmul_share']:.0%} | {r['peak'] / 1e9:.1f} |"
                   for r in result["training"]]
     return "\n".join(lines).strip()
-
-
-def measured_table(tiles):
-    """Seconds of encoder and prefill at the 0.5B geometry beside the counted operations over the matmul rate."""
-    config = preset("llava-ov-0.5b")
-    configurations = [tuple(range(24)), PAPER_VIABLE[-1], (1, 4), ()]
-    m = explain_seconds(config, configurations, TEXT, tiles * config.side ** 2, tiles)
-    lines = [f"{m['machine']}, float32: matrix products at {m['matmul'] / 1e9:,.0f} GFLOP/s",
-             f"{'seconds of prefill':24}{'encoder':>9}{'LLM':>9}{'sum':>9}{'counted':>10}{'sum / counted':>16}"]
-    for x in m["rows"]:
-        total = x["encoder"] + x["llm"]
-        lines.append(f"{x['sa']:24}{x['encoder']:>9.2f}{x['llm']:>9.2f}{total:>9.2f}{x['counted']:>10.2f}"
-                     f"{total / x['counted']:>16.2f}")
-    return "\n".join(lines)
 
 
 def fallen(before, now, by=0.2):
@@ -281,7 +244,7 @@ def plot(result, path):
     for part, colour in (("encoder", "#9aa5b1"), ("prefill", "#3b6ea8"), ("decode", "#e0883a")):
         size = [r[part] * (ANSWER - 1 if part == "decode" else 1) for r in here]
         left.barh([r["system"] for r in here], size, left=start, color=colour,
-                  label="31 tokens" if part == "decode" else part)
+                  label=f"{ANSWER - 1} tokens" if part == "decode" else part)
         start = [a + b for a, b in zip(start, size)]
     left.invert_yaxis()
     left.set_xlabel("seconds, end to end")
@@ -332,19 +295,15 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    if args.measure:
-        return print(measured_table((args.tiles or [5])[0]))
     fast = choose_dtype("auto", device(), 1e9)[0]
-    if args.pixels:
-        tiles, dtype = (args.tiles or [5])[0], getattr(torch, args.dtype[0]) if args.dtype else fast
-        return print(clock.pixels_table(clock.pixel_seconds(tiles, dtype, args.rounds or 3), tiles, dtype))
-    if args.reduce:
-        tiles, dtype = (args.tiles or [5])[0], getattr(torch, args.dtype[0]) if args.dtype else fast
-        result = clock.reductions(tiles, dtype, args.batch or [1, 8], args.rounds or 2)
-        if not (args.tiles or args.batch):
-            file = RESULTS / f"bench-reduce-{device()}-{result['dtype']}.json"
-            file.write_text(json.dumps(result, indent=1) + "\n")
-        return print(clock.reductions_table(result))
+    for kind, (measured, table_of) in clock.KINDS.items():
+        if getattr(args, kind):
+            dtype = getattr(torch, args.dtype[0]) if args.dtype else fast
+            result = measured((args.tiles or [5])[0], dtype, args.batch or [1, 8], args.rounds or 3)
+            if not (args.tiles or args.batch):
+                file = RESULTS / f"bench-{kind}-{device()}-{result['dtype']}.json"
+                file.write_text(json.dumps(result, indent=1) + "\n")
+            return print(table_of(result))
     dtypes = args.dtype or dict.fromkeys([str(fast)[6:]] if device() == "cuda" else ["float32", str(fast)[6:]])
     files, failed = {dtype: RESULTS / f"bench-{device()}-{dtype}.json" for dtype in dtypes}, []
     for dtype, committed in files.items() if args.plot or args.compare else ():
@@ -359,9 +318,7 @@ def main(argv=None):
         sizes = args.tiles or ([5] if quick else list(IMAGES) if device() == "cuda" else [1, 5])
         result = bench(preset("llava-ov-0.5b"), QUICK if quick else tuple(SYSTEMS), sizes, args.batch or [1],
                        args.rounds or (1 if quick else 3), getattr(torch, dtype), args.compile, whole)
-        print(f"{result['machine']}, torch {result['torch']}, transformers {result['transformers']}, {dtype}\n"
-              f"matmul {result['matmul'] / 1e9:,.0f} GFLOP/s, bandwidth {result['bandwidth'] / 1e9:,.1f} GB/s\n\n"
-              + table(result) + "\n")
+        print(f"{conditions(result)}\n\n{table(result)}\n")
         print(json.dumps(result))
         if whole:
             committed.write_text(json.dumps(result, indent=1) + "\n")

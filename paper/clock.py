@@ -1,16 +1,24 @@
-"""Seconds to the first token, at the 0.5B geometry with random weights: over the overview, and with every reduction of
-visual tokens. What `python -m paper.bench --pixels` and `--reduce` print.
+"""Smaller measurements at the 0.5B geometry with random weights: do the counted operations explain the seconds; the
+first token over the overview, and with every reduction of visual tokens. What `python -m paper.bench --measure`,
+`--pixels` and `--reduce` print.
 """
 import statistics
 import sys
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from config import preset
-from flops import connector_flops, prompt_flops, tower_flops
-from paper.systems import TEXT, Ours, device, machine, seconds
+from cli import counted
+from config import PAPER_VIABLE, preset, sa_name
+from encoders.siglip import VisionTower
+from flops import connector_flops, llm_flops, prompt_flops, tower_flops
+from layout import Past, make_layout
+from model import Connector, LanguageModel
+from paper.systems import TEXT, Ours, device, machine, matmul_rate, random_module, seconds
 
 DENSE = tuple(range(24))
+MEASURED = DENSE, PAPER_VIABLE[-1], (1, 4), ()
 REDUCED = {  # label: (reduction, configuration); 128 of a tile's 729 patches as in the paper's Table 1
     "dense": ("", DENSE), "VISOR, 4 layers": ("", (1, 4, 7, 10)), "VISOR, 2 layers": ("", (1, 4)),
     "VISOR, none": ("", ()), "packing 4x": ("pack:4", DENSE), "Downsample": ("downsample", DENSE),
@@ -20,36 +28,103 @@ REDUCED = {  # label: (reduction, configuration); 128 of a tile's 729 patches as
     "VISOR, 2 layers, packing 2x": ("pack:2", (1, 4)), "VISOR, 2 layers, VisionZip": ("visionzip", (1, 4))}
 
 
-def pixel_seconds(tiles, dtype, rounds):
-    """{label: [seconds to the first token, once a round]} of one prompt in layers 1,4: with all tiles, over the
-    overview, and asked first, which of the two the router wants."""
+def about(tiles, dtype, rounds):
+    """The conditions of a result, for its JSON."""
+    return {"command": " ".join(["python -m paper.bench", *sys.argv[1:]]), "machine": machine(),
+            "torch": torch.__version__, "device": device(), "dtype": str(dtype)[6:], "tiles": tiles, "rounds": rounds,
+            "text": TEXT}
+
+
+def conditions(result):
+    """The same as a line."""
+    return (f"{result['machine']}, torch {result['torch']}, {result['dtype']}, {result['tiles']} tiles, "
+            f"medians of {counted(result['rounds'], 'round')}")
+
+
+# --- do the operations explain the seconds? ---------------------------------------------------------------------------
+
+def prefill_seconds(config, configurations, vision, rounds, dtype):
+    """{configuration: [seconds of the language model's prefill, once a round]}; configurations take turns."""
+    torch.manual_seed(0)
+    llm = random_module(LanguageModel, config, dtype)
+    before = min(14, TEXT - 1)  # the system line and the start of the user's
+    pos = np.arange(TEXT + vision)[None]
+    t_pos, v_pos = np.concatenate([pos[:, :before], pos[:, before + vision:]], 1), pos[:, before:before + vision]
+    t, v = (torch.randn(1, n, config.hidden, device=device(), dtype=dtype) for n in (TEXT, vision))
+
+    def prefill(sa):
+        layout = make_layout(t_pos, v_pos, 0 * v_pos, np.zeros((1, vision, 0), int), Past.empty(1), config, t.device)
+        h = llm(t, v, layout, sa)[:, -1]
+        F.linear(h, llm.embed_tokens.weight)
+    for sa in configurations:
+        if len(sa) < config.layers:
+            seconds(prefill, sa)  # warms up
+    out = {sa: [] for sa in configurations}
+    for _ in range(rounds):
+        for sa in configurations:
+            out[sa].append(seconds(prefill, sa))
+    return out
+
+
+def operations(tiles, dtype, batches, rounds):
+    """Encoder and prefill of a prompt in seconds, and the counted operations over the matmul rate."""
+    config = preset("llava-ov-0.5b")
+    tower, connector = random_module(VisionTower, config, dtype), random_module(Connector, config, dtype)
+    x, vision = torch.randn(tiles, 3, config.tile, config.tile, device=device(), dtype=dtype), tiles * config.side ** 2
+    seconds(lambda: connector(tower(x[:1])))
+    encoder = statistics.median(seconds(lambda: connector(tower(x))) for _ in range(rounds))
+    rate = matmul_rate(config, dtype=dtype)
+    times = prefill_seconds(config, MEASURED, vision, rounds, dtype)
+    rate = (rate + matmul_rate(config, dtype=dtype)) / 2  # before and after, as the machine may change its mind
+    fixed = tower_flops(config, tiles) + connector_flops(config, tiles)
+    return {**about(tiles, dtype, rounds), "visual_tokens": vision, "matmul": rate, "rows": [
+        {"sa": sa_name(config, sa), "encoder": encoder, "llm": statistics.median(times[sa]),
+         "counted": (fixed + llm_flops(config, sa, TEXT, vision)) / rate} for sa in MEASURED]}
+
+
+def operations_table(result):
+    lines = [f"{conditions(result)};", f"{result['visual_tokens']:,} visual tokens, matrix products at "
+             f"{result['matmul'] / 1e9:,.0f} GFLOP/s", "", "| seconds | encoder | LLM prefill | sum | counted | sum / "
+             "counted |", "|---" * 6 + "|"]
+    for x in result["rows"]:
+        total = x["encoder"] + x["llm"]
+        lines.append(f"| {x['sa']} | {x['encoder']:.2f} | {x['llm']:.2f} | {total:.2f} | {x['counted']:.2f} | "
+                     f"{total / x['counted']:.2f} |")
+    return "\n".join(lines)
+
+
+# --- pixels on request ------------------------------------------------------------------------------------------------
+
+def pixels(tiles, dtype, batches, rounds):
+    """Seconds to the first token of one prompt in layers 1,4: with all tiles, over the overview, and asked first, which
+    of the two the router wants."""
     ours = Ours(preset("llava-ov-0.5b"), dtype)
     prompts, _ = ours.prompts(tiles, 1)
     ways = {"all": ("all", 0.0), "overview": ("overview", 0.0), "asked first, then all": ("auto", 1.0),
             "asked first, overview": ("auto", 0.0)}  # pixels, and the probability from which the overview will do
     found = {label: [] for label in ways}
     for i in range(rounds + 1):  # the first warms up
-        for label, (pixels, threshold) in ways.items():
+        for label, (seen, threshold) in ways.items():
             ours.model.config.pixel_threshold, routes = threshold, []
-            took = seconds(lambda: ours.model.generate(prompts, "auto", pixels, max_tokens=1, routes=routes,
+            took = seconds(lambda: ours.model.generate(prompts, "auto", seen, max_tokens=1, routes=routes,
                                                        allowed=[(1, 4)]))
             assert (routes[0].pixels == "all") == label.endswith("all")
             found[label] += [took] * (i > 0)
-    return found
+    return {**about(tiles, dtype, rounds), "visual_tokens": len(prompts[0].v_pos),
+            "rows": [{"pixels": label, "first": statistics.median(x)} for label, x in found.items()]}
 
 
-def pixels_table(found, tiles, dtype):
-    """Medians, and their ratios to all tiles, as lines."""
-    every = statistics.median(found["all"])
-    lines = [f"{machine()}, {str(dtype)[6:]}, {tiles} tiles, layers 1,4, medians of {len(found['all'])}", "",
-             "| first token | s | times sooner |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {label} | {statistics.median(x):.2f} | {every / statistics.median(x):.2f} |"
-                              for label, x in found.items()])
+def pixels_table(result):
+    every = result["rows"][0]["first"]
+    lines = [f"{conditions(result)}, layers 1,4", "", "| first token | s | times sooner |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {r['pixels']} | {r['first']:.2f} | {every / r['first']:.2f} |"
+                              for r in result["rows"]])
 
+
+# --- reductions of visual tokens --------------------------------------------------------------------------------------
 
 def reductions(tiles, dtype, batches, rounds):
-    """The JSON object of --reduce: rows of medians over the rounds, in which the systems take turns; operations are of
-    one prompt, as it ran."""
+    """Rows of medians over the rounds, in which the systems take turns; operations are of one prompt, as it ran."""
     ours, rows = Ours(preset("llava-ov-0.5b"), dtype), []
     model, dense_flop = ours.model, None
     for batch in batches:
@@ -72,14 +147,12 @@ def reductions(tiles, dtype, batches, rounds):
                         "encoder_flop": tower_flops(c, tiles) + connector_flops(c, tiles),
                         "llm_saving": dense_flop / llm, "prompts_per_second": batch / first})
     model.config.reduce = ""
-    return {"command": " ".join(["python -m paper.bench", *sys.argv[1:]]), "machine": machine(),
-            "torch": torch.__version__, "device": device(), "dtype": str(dtype)[6:], "tiles": tiles, "rounds": rounds,
-            "text": TEXT, "rows": rows}
+    return {**about(tiles, dtype, rounds), "rows": rows}
 
 
 def reductions_table(result):
     """Markdown, a table for each batch size."""
-    lines = [f"{result['machine']}, {result['dtype']}, {result['tiles']} tiles, medians of {result['rounds']} rounds"]
+    lines = [conditions(result)]
     for batch in dict.fromkeys(r["batch"] for r in result["rows"]):
         here = [r for r in result["rows"] if r["batch"] == batch]
         dense = here[0]
@@ -93,3 +166,8 @@ def reductions_table(result):
                      f"{dense['first'] / r['first']:.2f}x", f"{r['prompts_per_second']:.3g}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+KINDS = {  # of paper.bench's flags: (the JSON object of tiles, dtype, batches and rounds; that as lines)
+    "measure": (operations, operations_table), "pixels": (pixels, pixels_table),
+    "reduce": (reductions, reductions_table)}

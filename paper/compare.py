@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS, PICTURE = ROOT / "paper" / "results" / "compare.json", ROOT / "paper" / "results" / "compare.png"
 DENSE = Plan(tuple(range(12)))
 STEPS = 1200  # of every training, as `python train.py` takes for stage 2
+PROMPTS = 60  # whose operations are counted
 TRAINED = {  # label: (stages, reduction that is learned)
     "M3": ((0,), "m3"), "VisionZip, trained": ((0,), "visionzip"), "VisPruner, trained": ((0,), "vispruner"),
     "VISOR-TR": ((1, 2), "pack:2")}
@@ -77,11 +78,11 @@ def trained(label, seed, args):
     return VLM.from_pretrained(last, args.dtype, args.device)
 
 
-def measured(model, plan, n=60):
-    """Over n prompts as they ran, one by one: savings of the language model and of all up to the first token; nominal,
-    visual tokens of dense over those of the layers; ms that selecting takes."""
+def measured(model, plan):
+    """Over PROMPTS of them as they ran, one by one: savings of the language model and of all up to the first token;
+    nominal, visual tokens of dense over those of the layers; ms that selecting takes."""
     c, spent, dense = model.config, [], []
-    for image, asked in world.eval_set(7, n // 12 or 1):
+    for image, asked in world.eval_set(7, PROMPTS // 12):
         for _, question, _ in asked[:4]:
             prompt = data.encode(data.chatml([data.place_images(question, 1, c)]), model.tokenizer,
                                  [data.process_image(image, c)])

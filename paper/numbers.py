@@ -1,4 +1,4 @@
-"""The paper's savings beside what our formula gives. Prints the README's table.
+"""The paper's savings beside what our formula gives, and savings by encoder: two tables of paper/README.md.
 
     python -m paper.numbers
 
@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from config import preset
 from data import tiling
-from flops import by_layer, cross_parameters, expected_tokens, llm_flops, llm_parameters, prompt_flops
+from flops import (by_layer, cross_parameters, encoder_flops, expected_tokens, llm_flops, llm_parameters,
+                   prompt_flops)
 
 CONFIG = preset("llava-ov-0.5b")
 DENSE, FULL = tuple(range(24)), CONFIG.viable[-1]
@@ -77,10 +78,27 @@ def rows():
     ]
 
 
+def backbones():
+    """Markdown: visual tokens, and how many times fewer operations two configurations take than dense, by encoder and
+    size; in brackets to the first token, encoder included."""
+    lines = ["| | visual tokens | 1,4 | 1,4,7 | what the encoder is of dense |", "|---|---|---|---|---|"]
+    for label, name, size in (("LLaVA-OneVision 0.5B", "llava-ov-0.5b", 768),
+                              ("the same with FastViTHD", "llava-ov-0.5b-fastvithd", 768),
+                              ("FastVLM 0.5B", "fastvlm-0.5b", 1024), ("FastVLM 7B", "fastvlm-7b", 1024),
+                              ("Qwen2-VL-2B", "qwen2-vl-2b", 1036), ("Qwen2-VL-7B", "qwen2-vl-7b", 1036)):
+        c = preset(name)
+        seen = tiling(size, size, c)
+        encoder = encoder_flops(c, [seen])
+        dense, *own = (llm_flops(c, sa, TEXT, seen.tokens) for sa in (range(c.layers), (1, 4), (1, 4, 7)))
+        cells = " | ".join(f"{dense / x:.1f}x ({(dense + encoder) / (x + encoder):.2f}x)" for x in own)
+        lines.append(f"| {label}, {size} x {size} | {seen.tokens:,} | {cells} | {encoder / (dense + encoder):.0%} |")
+    return "\n".join(lines)
+
+
 def table():
     lines = ["| claim | paper | our formula | if they differ, why |", "|---|---|---|---|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows()])
 
 
 if __name__ == "__main__":
-    print(table())
+    print(f"{table()}\n\n{backbones()}")

@@ -127,7 +127,7 @@ class Ours:
     def encode(self, images):
         return self.real(images)
 
-    def answer(self, prompts, seen, sa, timings, tokens=ANSWER):
+    def answer(self, prompts, seen, sa, timings, tokens):
         """Seconds of prefill and decode are added to timings."""
         self.model.encode = lambda images, known=None, timings=None: seen
         self.model.generate(prompts, sa, max_tokens=tokens, timings=timings, allowed=[(1, 4)] if sa == "auto" else None)
@@ -162,7 +162,7 @@ class Theirs:
         return list(self.model.get_image_features(x, sizes, output_hidden_states=True).pooler_output)
 
     @torch.no_grad()
-    def answer(self, prompts, seen, sa, timings, tokens=ANSWER):
+    def answer(self, prompts, seen, sa, timings, tokens):
         lm, head, before = self.model.model.language_model, self.model.lm_head, min(14, TEXT - 1)
         ids = torch.tensor([p.ids for p in prompts], device=head.weight.device)
         with timer(timings, "prefill", ids.device):

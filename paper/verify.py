@@ -99,9 +99,7 @@ class Report:
         finite = measured is None or math.isfinite(measured)
         self.lines.append({"check": name, "status": status, "measured": measured if finite else str(measured),
                            "bound": bound, "note": note})
-        numbers = "" if measured is None else f"{measured:.1e} of {bound:.1e}"
-        print(textwrap.fill(f"{status}  {name:<30} {numbers:<19}  {note}".rstrip(), 80, subsequent_indent=" " * 37),
-              flush=True)
+        print(check_line(self.lines[-1]), flush=True)
         return bound
 
     def logits(self, name, labels, ours, plain, exact=None):
@@ -128,6 +126,38 @@ class Report:
 
 def largest(x):
     return x.abs().max().item()
+
+
+def check_line(line):
+    """One of Report.lines for the terminal."""
+    numbers = "" if line["measured"] is None else f"{float(line['measured']):.1e} of {line['bound']:.1e}"
+    return textwrap.fill(f"{line['status']}  {line['check']:<30} {numbers:<19}  {line['note']}".rstrip(), 80,
+                         subsequent_indent=" " * 37)
+
+
+def head(about):
+    """What is verified, where, and the heads of the columns that follow."""
+    return (f"{about['model']}, {about['dtype']}\n{about['machine']}, torch {about['torch']}, transformers "
+            f"{about['transformers']}\n\n      {'check':<30} {'found of bound':<19}  where")
+
+
+def tail(result):
+    """What ran how long, if transformers did, and how many checks passed."""
+    lines, seconds = [], result["seconds"]
+    if "transformers" in seconds:
+        lines += ["", f"{'seconds, all prompts':<37}{'transformers':>13}{'ours':>10}"]
+        for key, label, scale in (("encoder", "encoder", 1), ("prefill", "prefill, dense", 1),
+                                  ("decode", "a token, milliseconds", 1000)):
+            both = (scale * x.get(key, 0) / (max(1, x["tokens"]) if key == "decode" else 1)
+                    for x in (seconds["transformers"], seconds["ours"]))
+            lines.append(f"      {label:<31}" + "{:>13.2f}{:>10.2f}".format(*both))
+    count = result["count"]
+    return "\n".join([*lines, "", f"{count['PASS']} passed, {count['FAIL']} failed, {count['SKIP']} skipped"])
+
+
+def page(result):
+    """All that a run has printed, from its JSON."""
+    return "\n".join([head(result), *map(check_line, result["lines"]), tail(result)])
 
 
 # --- the dense model, on both sides -----------------------------------------------------------------------------------
@@ -254,16 +284,6 @@ def compare(report, cases, theirs, ours, dtype):
                   exact and 2 * bound)  # each of two logits may be off by the bound
 
 
-def show_seconds(theirs, ours):
-    """The time of each side, for information."""
-    print(f"\n{'seconds, all prompts':<37}{'transformers':>13}{'ours':>10}")
-    for key, label, scale in (("encoder", "encoder", 1), ("prefill", "prefill, dense", 1),
-                              ("decode", "a token, milliseconds", 1000)):
-        a, b = (scale * x.get(key, 0) / (max(1, x["tokens"]) if key == "decode" else 1) for x in (theirs, ours))
-        print(f"      {label:<31}{a:>13.2f}{b:>10.2f}")
-    print()
-
-
 # --- command line -----------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
@@ -312,8 +332,7 @@ def main(argv=None):
              "torch": torch.__version__, "transformers": version, "device": device, "dtype": str(dtype)[6:],
              "model": args.model, "sha256": {file.name: sha256(file) for file in weight_files(directory)},
              "prompts": {case.name: len(case.prompt.v_pos) for case in cases}}
-    print(f"{args.model}, {about['dtype']}\n{about['machine']}, torch {about['torch']}, transformers {version}\n\n"
-          f"      {'check':<30} {'found of bound':<19}  where")
+    print(head(about))
     report, theirs, seconds = Report(), None, {}
     kind = read_json(directory / "config.json").get("model_type")
     if kind == "llava_onevision":
@@ -326,14 +345,13 @@ def main(argv=None):
         seconds["ours"] = {}
         ours = [our_answer(model, case, seconds["ours"]) for case in tqdm(cases, "ours")]
         compare(report, cases, theirs, ours, dtype)
-        show_seconds(seconds["transformers"], seconds["ours"])
         del theirs, ours
     equalities(report, model, cases)
     count = {x: sum(line["status"] == x for line in report.lines) for x in ("PASS", "FAIL", "SKIP")}
+    result = {**about, "ok": not count["FAIL"], "count": count, "lines": report.lines, "seconds": seconds}
     with writing(args.out):
-        Path(args.out).write_text(json.dumps({**about, "ok": not count["FAIL"], "count": count, "lines": report.lines,
-                                              "seconds": seconds}, indent=1) + "\n")
-    print(f"\n{count['PASS']} passed, {count['FAIL']} failed, {count['SKIP']} skipped: {args.out}")
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{tail(result)}: {args.out}")
     if count["FAIL"]:
         raise SystemExit(1)
 

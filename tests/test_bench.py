@@ -7,13 +7,21 @@ import pytest
 import torch
 
 import methods
-from flops import cache_bytes, llm_flops
+from flops import cache_bytes, connector_flops, llm_flops, tower_flops
 from paper import bench, clock, compare, trials
 from tests import tiny
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_answers():
+    """Of 4 tokens; a token takes as long as any other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "ANSWER", 4)
+        yield
+
+
 @pytest.fixture(scope="module")
-def result():
+def result(short_answers):
     config = tiny.config(layers=24, tile=384, patch=96, tied=True)
     return bench.bench(config, tuple(bench.SYSTEMS), [1, 5], [1], rounds=1, whole=False)
 
@@ -25,19 +33,19 @@ def test_rows_are_complete_and_say_what_they_should(result):
     c.add_visor()
     for r in result["rows"]:
         assert all(r[k] > 0 for k in ("encoder", "prefill", "decode", "total", "tokens_per_second", "matmul_share"))
-        assert r["total"] == pytest.approx(r["encoder"] + r["prefill"] + 31 * r["decode"])
+        assert r["total"] == pytest.approx(r["encoder"] + r["prefill"] + 3 * r["decode"])
         side = 16 if "packed" not in r["system"] else 9
         if r["tiles"] == 5 and "packed" not in r["system"]:
             assert r["visual_tokens"] == side + 8 * (8 + 1)
         if r["system"] == "2":
-            assert r["cache"] == r["batch"] * cache_bytes(c, (1, 4), 72, r["visual_tokens"], 4)
+            assert r["cache"] == r["batch"] * cache_bytes(c, (1, 4), 44, r["visual_tokens"], 4)
             assert r["llm_flop"] == r["batch"] * llm_flops(c, (1, 4), 40, r["visual_tokens"])
             dense = next(x for x in result["rows"] if x["system"] == "dense" and x["tiles"] == r["tiles"]
                          and x["batch"] == r["batch"])
             assert r["over_dense"]["prefill"] == pytest.approx(dense["prefill"] / r["prefill"])
             assert r["realised"] == pytest.approx(dense["prefill"] / r["prefill"] * r["llm_flop"] / dense["llm_flop"])
         assert r["encoder_share"] == pytest.approx(r["encoder"] / r["first"])
-        assert r["prompts_per_second"] == pytest.approx(r["batch"] / (r["prefill"] + 31 * r["decode"]))
+        assert r["prompts_per_second"] == pytest.approx(r["batch"] / (r["prefill"] + 3 * r["decode"]))
 
 
 def test_more_prompts_at_once_and_training():
@@ -48,14 +56,34 @@ def test_more_prompts_at_once_and_training():
     assert "| stage 2 |" in bench.table(result)
 
 
-def test_pixels_are_what_they_are_called(monkeypatch, capsys):
+def test_pixels_are_what_they_are_called(monkeypatch, capsys, tmp_path):
     """Four ways to the first token; inside, each is checked to have taken the pixels that it is named after."""
     config = tiny.config(layers=24, tile=384, patch=96, tied=True)
     monkeypatch.setattr(clock, "preset", lambda name: config)
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
     bench.main(["--pixels", "--rounds", "1", "--dtype", "float32"])
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row[1].strip() for row in rows] == ["all", "overview", "asked first, then all", "asked first, overview"]
     assert float(rows[0][3]) == 1 and all(float(row[2]) >= 0 for row in rows)
+    kept = json.loads((tmp_path / "bench-pixels-cpu-float32.json").read_text())
+    assert [row["pixels"] for row in kept["rows"]] == [row[1].strip() for row in rows]
+    assert all(row["first"] > 0 for row in kept["rows"]) and kept["rounds"] == 1 and kept["machine"]
+
+
+def test_seconds_stand_beside_operations(monkeypatch, capsys, tmp_path):
+    config = tiny.config(layers=24, tile=384, patch=96, tied=True)
+    monkeypatch.setattr(clock, "preset", lambda name: config)
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    bench.main(["--measure", "--rounds", "1", "--dtype", "float32"])
+    shown = capsys.readouterr().out
+    kept = json.loads((tmp_path / "bench-measure-cpu-float32.json").read_text())
+    assert clock.operations_table(kept) + "\n" == shown and kept["visual_tokens"] == 5 * config.side ** 2
+    assert [row["sa"] for row in kept["rows"]] == ["dense", "1,4,7,10,16,19,22", "1,4", "none"]
+    fixed = tower_flops(config, 5) + connector_flops(config, 5)
+    for row, sa in zip(kept["rows"], clock.MEASURED):
+        assert row["counted"] * kept["matmul"] == pytest.approx(
+            fixed + llm_flops(config, sa, clock.TEXT, kept["visual_tokens"]))
+        assert row["encoder"] > 0 and row["llm"] > 0
 
 
 def test_every_reduction_is_timed_beside_dense(monkeypatch, capsys):
@@ -75,6 +103,7 @@ def test_every_reduction_is_timed_beside_dense(monkeypatch, capsys):
 def test_a_comparison_says_what_ran(tmp_path, monkeypatch):
     """One training of three steps; each row's accuracy is evaluation's, its saving what flops.py counts."""
     monkeypatch.setattr(compare, "STEPS", 3)
+    monkeypatch.setattr(compare, "PROMPTS", 12)
     args = SimpleNamespace(out=str(tmp_path), questions=2, dtype=torch.float32, device="cpu", report=False,
                            exam="2")
     rows = compare.TABLE_1[0], compare.TABLE_1[6], compare.TABLE_1[8], compare.TABLE_1[11]

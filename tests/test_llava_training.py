@@ -322,7 +322,7 @@ def test_a_stop_in_the_first_step_leaves_no_checkpoint(files, tmp_path, capsys):
 @pytest.mark.parametrize("fsdp, reduce", [(False, "none"), (True, "visionzip:3+2")])
 def test_two_processes_learn_as_one(fsdp, reduce, files, tmp_path):
     """The reduction reads queries and keys of the vision tower, whose weights FSDP shares out."""
-    flags = arguments(files, tmp_path / "one", "--steps", 20, "--sample-every", 9, "--save-every", 10, "--reduce",
+    flags = arguments(files, tmp_path / "one", "--steps", 10, "--sample-every", 4, "--save-every", 5, "--reduce",
                       reduce)
     assert call(*flags) == 0
     flags[flags.index(str(tmp_path / "one"))] = str(tmp_path / "two")

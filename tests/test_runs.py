@@ -333,7 +333,7 @@ def test_two_runs_in_one_directory(files, tmp_path, capsys):
 
 def test_sigterm_saves_and_its_readers_end_with_it(files, tmp_path):
     """SIGTERM: status 143, and the run goes on to the same bits. SIGKILL: no reading worker is left behind."""
-    words = [sys.executable, "train.py", *arguments(files, tmp_path / "o", "--steps", 60, "--save-every", 1000,
+    words = [sys.executable, "train.py", *arguments(files, tmp_path / "o", "--steps", 30, "--save-every", 1000,
                                                     "--threads", 1), "--workers", "2"]
 
     def started(*more):
@@ -354,7 +354,7 @@ def test_sigterm_saves_and_its_readers_end_with_it(files, tmp_path):
     assert children and not [c for c in children if os.path.exists(f"/proc/{c}")
                              and "Z" not in open(f"/proc/{c}/stat").read().split()[2]]
     assert call(*words[2:], "--resume") == 0
-    assert call(*arguments(files, tmp_path / "whole", "--steps", 60)) == 0
+    assert call(*arguments(files, tmp_path / "whole", "--steps", 30)) == 0
     a, b = (weights(checkpoints.newest(tmp_path / part, [2])) for part in ("o", "whole"))
     assert all(torch.equal(a[n], b[n]) for n in a)
 

@@ -18,7 +18,8 @@ ORDER = """cli methods config pictures data families flops
            conversation answers costs chat evaluation checkpoints router stages train sample
            paper.metrics paper.tasks paper.evaluate paper.lmms
            paper.trials paper.numbers paper.systems paper.clock paper.ablate paper.bench paper.miniature paper.routing
-           paper.compare paper.inside paper.analyse paper.masked paper.equalities paper.verify paper""".split()
+           paper.compare paper.inside paper.analyse paper.masked paper.equalities paper.verify
+           paper.page paper""".split()
 # flops.py and every --help answer at once
 NO_TORCH = """methods config families pictures data flops cli answers costs chat explain toy.world llava.samples
               paper.metrics paper.tasks""".split()

@@ -113,7 +113,7 @@ def test_stage_2_moves_everything(dense, tmp_path):
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(stage, dense, tmp_path, monkeypatch, capsys):
-    words = ["--stage", stage, "--steps", 20, "--seed", 3] + (["--model", dense, "--skip-stage-1"] if stage else [])
+    words = ["--stage", stage, "--steps", 10, "--seed", 3] + (["--model", dense, "--skip-stage-1"] if stage else [])
     assert call(*words, "--out", tmp_path / "whole") == 0
 
     real, count = VLM.answer_loss, []
@@ -132,7 +132,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(stage, dense, tmp_path, mon
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
-def test_all_stages_in_turn_and_the_table(tmp_path, capsys):
+def test_all_stages_in_turn_and_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train.RECIPES, 3, {**train.RECIPES[3], "questions": 2})
     assert call("--steps", 2, "--out", tmp_path) == 0
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines())
