@@ -106,7 +106,7 @@ def main(argv=None):
     dense = VLM.from_pretrained(train.DENSE, args.dtype, args.device)
     results = all_results(dense, world.eval_set(0, args.questions), [Plan(tuple(range(dense.config.layers)))])
     row = router.summarise(dense.config, results, world.STRATA, *world.REFERENCE_PROMPT).rows[0]
-    save(RESULTS, args, command="python -m paper.ablate", dense=row, runs=rows)
+    save("ablate", RESULTS, args, dense=row, runs=rows)
     print(tables(rows, row))
 
 

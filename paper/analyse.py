@@ -15,7 +15,6 @@ Each writes NAME.json and, where matplotlib is installed, NAME.png, and prints i
 model allows. Attention and cka can also be had of VISOR, in its largest configuration.
 """
 import json
-import shlex
 import sys
 from collections import Counter
 from functools import cached_property
@@ -31,6 +30,7 @@ from flops import prompt_flops
 from llava.samples import Samples, eval_questions, reference_prompt
 from model import VLM
 from paper import inside
+from paper.systems import about
 from report import columns, heat_map, pyplot
 from router import largest, oracle, summarise
 from toy import world
@@ -417,9 +417,8 @@ def main(argv=None):
             continue
         analyse, draw = ANALYSES[what]
         record, table = analyse(subject)
-        record = {"command": f"python -m paper.analyse {shlex.join(sys.argv[1:] if argv is None else argv)}".strip(),
-                  "model": name, "data": args.data, "limit": args.limit or LIMITS[what], "seed": args.seed,
-                  "dtype": str(subject.model.dtype), "device": str(subject.model.device),
+        record = {**about("analyse", argv), "model": name, "data": args.data, "limit": args.limit or LIMITS[what],
+                  "seed": args.seed, "dtype": str(subject.model.dtype)[6:], "device": str(subject.model.device),
                   "plans": [plan_name(subject.config, plan) for plan in subject.config.plans], **record}
         print(f"{what}, {name}\n\n{table}\n", flush=True)
         with atomic(out / f"{what}.json") as beside:

@@ -15,6 +15,7 @@ without its generate(): its modules, one call a token, with sdpa. (Paper, sectio
 import json
 import statistics
 import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import replace
@@ -28,8 +29,8 @@ from config import PAPER_VIABLE, preset
 from data import collate, tiling
 from flops import answer_flops, cache_bytes, connector_flops, llm_flops, router_flops, tower_flops
 from paper import clock
-from paper.systems import (ANSWER, IMAGES, TEXT, Kernels, Ours, Theirs, bandwidth, device, machine, matmul_rate,
-                           peak_bytes)
+from paper.systems import (ANSWER, IMAGES, TEXT, Kernels, Ours, Theirs, about, bandwidth, conditions, device,
+                           matmul_rate, peak_bytes)
 from parallel import LossModule
 from stages import set_trainable
 from train import optimizers
@@ -170,13 +171,6 @@ def training(ours, config, tiles, batch, rate, dtype):
 
 # --- showing ----------------------------------------------------------------------------------------------------------
 
-def conditions(result):
-    """Where and how a result was measured, in two lines."""
-    matmul, memory = (result[key] / 1e9 for key in ("matmul", "bandwidth"))
-    return (f"{result['machine']}, torch {result['torch']}, transformers {result['transformers']}, {result['dtype']};\n"
-            f"matrix products at {matmul:,.0f} GFLOP/s, memory at {memory:,.1f} GB/s")
-
-
 def short_table(result):
     """How much faster than transformers one prompt of 5 tiles is: three rows, as markdown."""
     found = {r["system"]: r["over_transformers"] for r in result["rows"] if (r["tiles"], r["batch"]) == (5, 1)}
@@ -303,7 +297,7 @@ def main(argv=None):
             if not (args.tiles or args.batch):
                 file = RESULTS / f"bench-{kind}-{device()}-{result['dtype']}.json"
                 file.write_text(json.dumps(result, indent=1) + "\n")
-            return print(table_of(result))
+            return print(f"{textwrap.fill(conditions(result), 80)}\n\n{table_of(result)}")
     dtypes = args.dtype or dict.fromkeys([str(fast)[6:]] if device() == "cuda" else ["float32", str(fast)[6:]])
     files, failed = {dtype: RESULTS / f"bench-{device()}-{dtype}.json" for dtype in dtypes}, []
     for dtype, committed in files.items() if args.plot or args.compare else ():
@@ -318,7 +312,7 @@ def main(argv=None):
         sizes = args.tiles or ([5] if quick else list(IMAGES) if device() == "cuda" else [1, 5])
         result = bench(preset("llava-ov-0.5b"), QUICK if quick else tuple(SYSTEMS), sizes, args.batch or [1],
                        args.rounds or (1 if quick else 3), getattr(torch, dtype), args.compile, whole)
-        print(f"{conditions(result)}\n\n{table(result)}\n")
+        print(f"{textwrap.fill(conditions(result), 80)}\n\n{table(result)}\n")
         print(json.dumps(result))
         if whole:
             committed.write_text(json.dumps(result, indent=1) + "\n")
@@ -360,8 +354,7 @@ def bench(config, labels, sizes, batches, rounds, dtype=torch.float32, compiled=
             found += rows(config, measured, tiles, batch, rate, speed, dtype.itemsize)
     del theirs
     trained = training(ours, config, 5 if device() == "cuda" else 1, 1, rate, dtype) if whole else []
-    return {"command": " ".join(["python -m paper.bench", *sys.argv[1:]]), "machine": machine(),
-            "torch": torch.__version__, "transformers": version, "dtype": str(dtype)[6:], "text": TEXT,
+    return {**about("bench"), "transformers": version, "dtype": str(dtype)[6:], "text": TEXT,
             "answer": ANSWER, "matmul": rate, "bandwidth": speed, "compiled": compiled,
             "kernels": kernel_counts(config, labels), "rows": found, "training": trained}
 

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cli import counted
 from config import PAPER_VIABLE, preset, sa_name
 from encoders.siglip import VisionTower
 from flops import connector_flops, llm_flops, prompt_flops, tower_flops
 from layout import Past, make_layout
 from model import Connector, LanguageModel
-from paper.systems import TEXT, Ours, device, machine, matmul_rate, random_module, seconds
+from paper.systems import TEXT, Ours, about, device, matmul_rate, random_module, seconds
 
 DENSE = tuple(range(24))
 MEASURED = DENSE, PAPER_VIABLE[-1], (1, 4), ()
@@ -28,17 +27,10 @@ REDUCED = {  # label: (reduction, configuration); 128 of a tile's 729 patches as
     "VISOR, 2 layers, packing 2x": ("pack:2", (1, 4)), "VISOR, 2 layers, VisionZip": ("visionzip", (1, 4))}
 
 
-def about(tiles, dtype, rounds):
-    """The conditions of a result, for its JSON."""
-    return {"command": " ".join(["python -m paper.bench", *sys.argv[1:]]), "machine": machine(),
-            "torch": torch.__version__, "device": device(), "dtype": str(dtype)[6:], "tiles": tiles, "rounds": rounds,
+def started(tiles, dtype, rounds):
+    """What a result's JSON begins with."""
+    return {**about("bench"), "device": device(), "dtype": str(dtype)[6:], "tiles": tiles, "rounds": rounds,
             "text": TEXT}
-
-
-def conditions(result):
-    """The same as a line."""
-    return (f"{result['machine']}, torch {result['torch']}, {result['dtype']}, {result['tiles']} tiles, "
-            f"medians of {counted(result['rounds'], 'round')}")
 
 
 # --- do the operations explain the seconds? ---------------------------------------------------------------------------
@@ -77,15 +69,13 @@ def operations(tiles, dtype, batches, rounds):
     times = prefill_seconds(config, MEASURED, vision, rounds, dtype)
     rate = (rate + matmul_rate(config, dtype=dtype)) / 2  # before and after, as the machine may change its mind
     fixed = tower_flops(config, tiles) + connector_flops(config, tiles)
-    return {**about(tiles, dtype, rounds), "visual_tokens": vision, "matmul": rate, "rows": [
+    return {**started(tiles, dtype, rounds), "visual_tokens": vision, "matmul": rate, "rows": [
         {"sa": sa_name(config, sa), "encoder": encoder, "llm": statistics.median(times[sa]),
          "counted": (fixed + llm_flops(config, sa, TEXT, vision)) / rate} for sa in MEASURED]}
 
 
 def operations_table(result):
-    lines = [f"{conditions(result)};", f"{result['visual_tokens']:,} visual tokens, matrix products at "
-             f"{result['matmul'] / 1e9:,.0f} GFLOP/s", "", "| seconds | encoder | LLM prefill | sum | counted | sum / "
-             "counted |", "|---" * 6 + "|"]
+    lines = ["| seconds | encoder | LLM prefill | sum | counted | sum / counted |", "|---" * 6 + "|"]
     for x in result["rows"]:
         total = x["encoder"] + x["llm"]
         lines.append(f"| {x['sa']} | {x['encoder']:.2f} | {x['llm']:.2f} | {total:.2f} | {x['counted']:.2f} | "
@@ -110,13 +100,13 @@ def pixels(tiles, dtype, batches, rounds):
                                                        allowed=[(1, 4)]))
             assert (routes[0].pixels == "all") == label.endswith("all")
             found[label] += [took] * (i > 0)
-    return {**about(tiles, dtype, rounds), "visual_tokens": len(prompts[0].v_pos),
+    return {**started(tiles, dtype, rounds), "visual_tokens": len(prompts[0].v_pos),
             "rows": [{"pixels": label, "first": statistics.median(x)} for label, x in found.items()]}
 
 
 def pixels_table(result):
     every = result["rows"][0]["first"]
-    lines = [f"{conditions(result)}, layers 1,4", "", "| first token | s | times sooner |", "|---|---|---|"]
+    lines = ["| first token, layers 1,4 | s | times sooner |", "|---|---|---|"]
     return "\n".join(lines + [f"| {r['pixels']} | {r['first']:.2f} | {every / r['first']:.2f} |"
                               for r in result["rows"]])
 
@@ -147,12 +137,12 @@ def reductions(tiles, dtype, batches, rounds):
                         "encoder_flop": tower_flops(c, tiles) + connector_flops(c, tiles),
                         "llm_saving": dense_flop / llm, "prompts_per_second": batch / first})
     model.config.reduce = ""
-    return {**about(tiles, dtype, rounds), "rows": rows}
+    return {**started(tiles, dtype, rounds), "rows": rows}
 
 
 def reductions_table(result):
     """Markdown, a table for each batch size."""
-    lines = [conditions(result)]
+    lines = []
     for batch in dict.fromkeys(r["batch"] for r in result["rows"]):
         here = [r for r in result["rows"] if r["batch"] == batch]
         dense = here[0]
@@ -165,7 +155,7 @@ def reductions_table(result):
                      f"{faster / r['llm_saving']:.0%}", ms["select"], ms["encoder"], ms["first"],
                      f"{dense['first'] / r['first']:.2f}x", f"{r['prompts_per_second']:.3g}")
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines).strip()
 
 
 KINDS = {  # of paper.bench's flags: (the JSON object of tiles, dtype, batches and rounds; that as lines)

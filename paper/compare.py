@@ -196,7 +196,7 @@ def main(argv=None):
     for title, own in (("Table 1", TABLE_1), ("Table 2", TABLE_2), ("Table 7", TABLE_7)):
         print(f"{title}\n\n{table(own, found)}\n")
     print(by_task((*TABLE_1, TABLE_7[1]), found))
-    if save(RESULTS, args, command="python -m paper.compare", steps=STEPS, rows=found):
+    if save("compare", RESULTS, args, steps=STEPS, rows=found):
         try:
             draw(PICTURE, found)
         except ImportError:

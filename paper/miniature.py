@@ -19,7 +19,7 @@ from cli import NANO, Parser, placement, run
 from config import Plan, sa_name
 from evaluation import accuracy, all_results
 from model import VLM
-from paper.systems import machine
+from paper.systems import about, machine
 from report import pyplot
 from router import summarise
 from toy import world
@@ -152,9 +152,9 @@ def main(argv=None):
     soon = first_token(dense, visor, world.eval_set(3, 60))
     draw_first_token(ROOT / "assets" / "first_token.png", soon)
     (ROOT / "paper" / "results" / "miniature.json").write_text(json.dumps(
-        {"command": "python -m paper.miniature", "dtype": str(visor.dtype),
-         "seeds": args.seed or [0, 1, 2], "questions": args.questions, "rows": rows,
-         "dense_over_the_overview": alone, "first_token": soon, "machine": machine()}, indent=1) + "\n")
+        {**about("miniature", argv), "dtype": str(visor.dtype)[6:], "seeds": args.seed or [0, 1, 2],
+         "questions": args.questions, "rows": rows, "dense_over_the_overview": alone, "first_token": soon},
+        indent=1) + "\n")
     print(f"{text}\n\nLargest difference of any number between two of the seeds: {spread:.3f}.\n\nDense, over the base "
           "tile alone: " + ", ".join(f"{task} {statistics.mean(x[task] for x in alone):.3f}" for task in alone[0]))
     print(f"\nThe router:\n\n{routed_table(rows)}\n\n{machine()}, 96 prompts at once:\n\n{first_token_table(soon)}")

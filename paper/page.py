@@ -14,6 +14,7 @@ from pathlib import Path
 import flops
 from cli import Parser, run
 from paper import ablate, bench, clock, compare, miniature, numbers, routing, verify
+from paper.systems import conditions
 
 ROOT = Path(__file__).parent.parent
 PAGES, RESULTS = (ROOT / "README.md", ROOT / "paper" / "README.md"), ROOT / "paper" / "results"
@@ -21,7 +22,7 @@ MEASURED = {  # mark: (its JSON in results/, what makes markdown of that)
     "faster": ("bench-cpu-float32", bench.short_table),
     "miniature": ("miniature", lambda x: miniature.table(x["rows"])[0]),
     "routed": ("miniature", lambda x: miniature.routed_table(x["rows"])),
-    "first token": ("miniature", lambda x: f"{x['machine']}\n\n{miniature.first_token_table(x['first_token'])}"),
+    "first token": ("miniature", lambda x: miniature.first_token_table(x["first_token"])),
     "pixels": ("bench-pixels-cpu-float32", clock.pixels_table),
     "Table 1": ("compare", lambda x: compare.table(compare.TABLE_1, x["rows"])),
     "Table 2": ("compare", lambda x: compare.table(compare.TABLE_2, x["rows"])),
@@ -31,8 +32,8 @@ MEASURED = {  # mark: (its JSON in results/, what makes markdown of that)
     "ablations": ("ablate", lambda x: ablate.tables(x["runs"], x["dense"])),
     "routers": ("routing", lambda x: routing.tables(x["results"])),
     "verified": ("verify", lambda x: f"```\n{verify.page(x)}\n```"),
-    "bench": ("bench-cpu-float32", lambda x: f"{bench.conditions(x)}\n\n{bench.table(x)}"),
-    "bench, GPU": ("bench-cuda-bfloat16", lambda x: f"{bench.conditions(x)}\n\n{bench.table(some_prompts(x))}"),
+    "bench": ("bench-cpu-float32", bench.table),
+    "bench, GPU": ("bench-cuda-bfloat16", lambda x: bench.table(some_prompts(x))),
     "operations, seconds": ("bench-measure-cpu-float32", clock.operations_table)}
 COUNTED = {"flops": lambda: flops_page("--sa dense --sa 1,4,7,10,16,19,22 --sa 1,4 --sa none"),
            "claims": numbers.table, "backbones": numbers.backbones}
@@ -58,7 +59,8 @@ def table(mark):
     if mark not in MEASURED:
         raise ValueError(f"<!-- {mark} --> stands for no table: give one of {'; '.join([*MEASURED, *COUNTED])}")
     name, show = MEASURED[mark]
-    return show(json.loads((RESULTS / f"{name}.json").read_text()))
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    return f"{show(result)}\n\n*`{result['command']}`: {conditions(result)}. paper/results/{name}.json*"
 
 
 def filled(text):

@@ -100,7 +100,7 @@ def main(argv=None):
     args = parse(p, argv)
     results = {label: [experiment(seed, left_out, args) for seed in args.seeds]
                for label, left_out in (("all tasks", ()), ("three left out", LEFT_OUT))}
-    save(RESULTS, args, command="python -m paper.routing", left_out=LEFT_OUT, results=results)
+    save("routing", RESULTS, args, left_out=LEFT_OUT, results=results)
     print(tables(results))
 
 

@@ -3,8 +3,11 @@ import ctypes
 import gc
 import platform
 import re
+import shlex
 import statistics
+import sys
 import time
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cli import timer
+from cli import counted, timer
 from data import Prompt, process_image
 from encoders import normalise, send
 from model import VLM
@@ -23,6 +26,29 @@ IMAGES = {1: None, 5: (768, 768), 10: (1152, 1152)}    # tiles: size of the imag
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
+
+def about(name, argv=None):
+    """What the JSON of a result begins with: the command paper.NAME as it was given, the day, the machine."""
+    words = sys.argv[1:] if argv is None else map(str, argv)
+    return {"command": shlex.join(["python", "-m", f"paper.{name}", *words]), "date": date.today().isoformat(),
+            "machine": machine(), "torch": torch.__version__}
+
+
+def conditions(result):
+    """How a result was measured, as far as its JSON says it, in one line."""
+    x, found = result, [result["machine"], f"torch {result['torch']}"] if "torch" in result else [result["machine"]]
+    found += [f"transformers {x['transformers']}"] if x.get("transformers") else []
+    found.append(x["dtype"])
+    if "questions" in x:
+        found.append(f"{x['questions']:,} questions a task, seeds {', '.join(map(str, x['seeds']))}")
+    if "rounds" in x:
+        found.append(f"{counted(x['tiles'], 'tile')}, medians of {counted(x['rounds'], 'round')}")
+    if "matmul" in x:
+        found.append(f"matrix products at {x['matmul'] / 1e9:,.0f} GFLOP/s")
+    if "bandwidth" in x:
+        found.append(f"memory at {x['bandwidth'] / 1e9:,.0f} GB/s")
+    return "; ".join([*found, x["date"]])
+
 
 def machine():
     if torch.cuda.is_available():

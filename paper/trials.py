@@ -6,6 +6,7 @@ import zlib
 import torch
 
 from cli import choose_dtype, placement
+from paper.systems import about
 
 
 def add_flags(p, out, runs=()):
@@ -43,10 +44,11 @@ def stamp(directory):
     return f"{zlib.crc32((directory / 'model.safetensors').read_bytes()):08x}"
 
 
-def save(path, args, **results):
-    """Writes results with their conditions, unless those that are there are of more questions, seeds or rows. Returns
-    whether it did."""
-    results = {"seeds": args.seeds, "questions": args.questions, "dtype": str(args.dtype), **results}
+def save(name, path, args, **results):
+    """Writes results of paper.NAME with their conditions, unless those that are there are of more questions, seeds or
+    rows. Returns whether it did."""
+    results = {**about(name, ()), "seeds": args.seeds, "questions": args.questions, "dtype": str(args.dtype)[6:],
+               **results}
     had = json.loads(path.read_text()) if path.is_file() else {}
     lists = [name for name, value in results.items() if isinstance(value, list)]
     less = args.questions < had.get("questions", 0) or any(len(results[x]) < len(had.get(x, ())) for x in lists)

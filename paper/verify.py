@@ -15,7 +15,6 @@ because the largest of many errors is itself uncertain: ratios of 0.8 to 1.2 wer
 import hashlib
 import json
 import math
-import sys
 import textwrap
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -34,7 +33,7 @@ from data import Prompt, chatml, collate, encode, family_form, place_images, pro
 from families import load_tokenizer, read_config, vocabulary_size
 from model import VLM
 from paper.equalities import QUESTIONS, TOKENS, encoded, equalities, likeliest
-from paper.systems import machine
+from paper.systems import about
 from pictures import load_image
 from weights import find, weight_files
 
@@ -135,10 +134,10 @@ def check_line(line):
                          subsequent_indent=" " * 37)
 
 
-def head(about):
+def head(result):
     """What is verified, where, and the heads of the columns that follow."""
-    return (f"{about['model']}, {about['dtype']}\n{about['machine']}, torch {about['torch']}, transformers "
-            f"{about['transformers']}\n\n      {'check':<30} {'found of bound':<19}  where")
+    return (f"{result['model']}, {result['dtype']}\n{result['machine']}, torch {result['torch']}, transformers "
+            f"{result['transformers']}\n\n      {'check':<30} {'found of bound':<19}  where")
 
 
 def tail(result):
@@ -328,11 +327,10 @@ def main(argv=None):
     c.vocab = vocabulary_size(tokenizer)
     c.stop_ids = {*c.stop_ids, tokenizer.token_to_id("<|im_end|>")}
     cases = make_cases(pictures(args.images, c.tile, args.quick), tokenizer, c)
-    about = {"command": " ".join(["python -m paper.verify", *(argv or sys.argv[1:])]), "machine": machine(),
-             "torch": torch.__version__, "transformers": version, "device": device, "dtype": str(dtype)[6:],
-             "model": args.model, "sha256": {file.name: sha256(file) for file in weight_files(directory)},
-             "prompts": {case.name: len(case.prompt.v_pos) for case in cases}}
-    print(head(about))
+    result = {**about("verify", argv), "transformers": version, "device": device, "dtype": str(dtype)[6:],
+              "model": args.model, "sha256": {file.name: sha256(file) for file in weight_files(directory)},
+              "prompts": {case.name: len(case.prompt.v_pos) for case in cases}}
+    print(head(result))
     report, theirs, seconds = Report(), None, {}
     kind = read_json(directory / "config.json").get("model_type")
     if kind == "llava_onevision":
@@ -348,7 +346,7 @@ def main(argv=None):
         del theirs, ours
     equalities(report, model, cases)
     count = {x: sum(line["status"] == x for line in report.lines) for x in ("PASS", "FAIL", "SKIP")}
-    result = {**about, "ok": not count["FAIL"], "count": count, "lines": report.lines, "seconds": seconds}
+    result |= {"ok": not count["FAIL"], "count": count, "lines": report.lines, "seconds": seconds}
     with writing(args.out):
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(f"{tail(result)}: {args.out}")

@@ -307,7 +307,7 @@ def test_command(files, tmp_path, capsys, name, made, left_out):
     for what in made:
         record = json.loads((tmp_path / "new" / "folder" / f"{what}.json").read_text())
         assert record["command"].startswith("python -m paper.analyse --model ") and record["model"] == args[1]
-        assert record["dtype"] == "torch.float32" and record["limit"] == 2 and record["data"] == args[3]
+        assert record["dtype"] == "float32" and record["limit"] == 2 and record["data"] == args[3]
         width, height = Image.open(tmp_path / "new" / "folder" / f"{what}.png").size
         assert width > 600 and height > 300
         assert f"{what}, {args[1]}\n\n" in out

@@ -17,7 +17,7 @@ ORDER = """cli methods config pictures data families flops
            cache_tree decoding weights model
            conversation answers costs chat evaluation checkpoints router stages train sample
            paper.metrics paper.tasks paper.evaluate paper.lmms
-           paper.trials paper.numbers paper.systems paper.clock paper.ablate paper.bench paper.miniature paper.routing
+           paper.numbers paper.systems paper.trials paper.clock paper.ablate paper.bench paper.miniature paper.routing
            paper.compare paper.inside paper.analyse paper.masked paper.equalities paper.verify
            paper.page paper""".split()
 # flops.py and every --help answer at once
