@@ -116,20 +116,20 @@ class Report:
         chose. Raises ImportError without matplotlib."""
         plt = pyplot()
         routed = [r for r in self.rows if r["sa"] is None]
-        panels = 3 if routed else 2
-        figure, axes = plt.subplots(1, panels, figsize=(19 if routed else 13, 5), constrained_layout=True,
-                                    width_ratios=(1, 1.35, 1)[:panels])
-        self.draw_savings(axes[0])
         tasks = [task for names in self.groups.values() for task in names]
-        values = np.array([[r["tasks"][t] for t in tasks] for r in self.rows])
-        heat_map(axes[1], values, [r["name"] for r in self.rows], tasks)
-        borders = np.cumsum([len(names) for names in self.groups.values()])[:-1]
-        for x in borders:
-            axes[1].axvline(x - 0.5, color="white", linewidth=3)
-        axes[1].set_title("accuracy by plan (rows) and task: " + " | ".join(self.groups))
-        if routed:
-            self.draw_routes(axes[2], routed[0], tasks, plt.cm.viridis)
-        figure.savefig(path, dpi=90)
+        with plt.rc_context({"font.size": 12}):  # legible at half the size
+            figure = plt.figure(figsize=(13, 10), constrained_layout=True)
+            panels = figure.subplot_mosaic([["savings", "routes" if routed else "savings"], ["tasks", "tasks"]])
+            self.draw_savings(panels["savings"])
+            values = np.array([[r["tasks"][t] for t in tasks] for r in self.rows])
+            heat_map(panels["tasks"], values, [r["name"] for r in self.rows], tasks)
+            for x in np.cumsum([len(names) for names in self.groups.values()])[:-1]:
+                panels["tasks"].axvline(x - 0.5, color="white", linewidth=3)
+            panels["tasks"].set_title("accuracy by plan (ov: over the overview) and task: "
+                                      + " | ".join(self.groups))
+            if routed:
+                self.draw_routes(panels["routes"], routed[0], tasks, plt.cm)
+            figure.savefig(path, dpi=100)
         plt.close(figure)
 
     def draw_savings(self, axes):
@@ -142,29 +142,31 @@ class Report:
             axes.plot(*frontier(x, y), color=colour, alpha=0.4)
             for r, marker in zip(routed, "*P"):
                 axes.plot(r["by_group"][group]["end_to_end"], r[group], marker, color=colour, markersize=14,
-                          markeredgecolor="black", label=f"{group}, {r['name']}")
+                          markeredgecolor="black")
+        for r, marker in zip(routed, "*P"):
+            axes.plot([], [], marker, color="white", markersize=12, markeredgecolor="black", label=r["name"])
         for r in fixed:
-            axes.annotate(r["name"], (r["end_to_end"], r[list(self.groups)[-1]]), xytext=(6, -4), fontsize=8,
-                          textcoords="offset points")
-        axes.set(xlabel="times fewer operations to the first token than dense, encoder included", ylabel="accuracy",
-                 ylim=(0, 1.05), title="what each plan costs and can do (ov: over the overview)")
-        axes.set_xlim(left=0.5, right=1.15 * max(r["end_to_end"] for r in self.rows))
-        axes.legend(loc="lower left", fontsize=8)
+            axes.annotate(r["name"], (r["end_to_end"], r[list(self.groups)[-1]]), xytext=(-4, -5), fontsize=10,
+                          textcoords="offset points", ha="right", va="top")
+        axes.set(xlabel="times fewer operations to the first token,\nencoder included, than dense", ylabel="accuracy",
+                 ylim=(0, 1.05), title="what each plan costs and can do")
+        axes.set_xlim(left=0.2, right=1.15 * max(r["end_to_end"] for r in self.rows))
+        axes.legend(loc="lower left", fontsize=11)
 
-    def draw_routes(self, axes, row, tasks, colours):
-        """Bars: the share of each task's questions that went to each configuration."""
-        start = np.zeros(len(tasks))
-        plans = self.config.plans
-        for k, plan in enumerate(plans):
+    def draw_routes(self, axes, row, tasks, maps):
+        """Bars: the share of each task's questions that went to each plan; those over the overview in grey."""
+        start, plans = np.zeros(len(tasks)), sorted(self.config.plans, key=lambda plan: plan.pixels == "all")
+        small = sum(plan.pixels == "overview" for plan in plans)
+        colours = *maps.Greys(np.linspace(0.4, 0.8, small)), *maps.viridis(np.linspace(0, 1, len(plans) - small))
+        for plan, colour in zip(plans, colours):
             label = plan_name(self.config, plan)
             share = np.array([row["by_task"][t]["shares"].get(label, 0) for t in tasks])
-            axes.barh(range(len(tasks)), share, left=start, label=label,
-                      color=colours(k / max(1, len(plans) - 1)))
+            axes.barh(range(len(tasks)), share, left=start, label=label, color=colour)
             start += share
         axes.set_yticks(range(len(tasks)), tasks)
         axes.invert_yaxis()
         axes.set(xlim=(0, 1), xlabel="share of questions", title="what the router chose")
-        axes.legend(fontsize=8, loc="lower center", ncols=len(plans), bbox_to_anchor=(0.5, -0.25))
+        axes.legend(fontsize=10, loc="upper center", ncols=4, bbox_to_anchor=(0.5, -0.15))
 
 
 def columns(lines, first=14, width=80):
@@ -197,7 +199,7 @@ def heat_map(axes, values, rows, columns):
     """A heat map of values (rows, columns) from 0 to 1, with the numbers in it."""
     axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for i, j in np.ndindex(*values.shape):
-        axes.text(j, i, f"{values[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=9,
+        axes.text(j, i, f"{values[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=10,
                   color="black" if values[i, j] > 0.6 else "white")
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), rows)

@@ -267,8 +267,8 @@ def draw_drop(plt, record):
                          medianprops={"color": "black", "linewidth": 2}, flierprops={"marker": ".", "markersize": 4})
     for box, colour in zip(boxes["boxes"], colours):
         box.set(facecolor=colour, alpha=0.5)
-    left.plot([record["accuracy"][task] for task in order], range(1, n + 1), "k|", ms=10, mew=2,
-              label="vision in all layers")
+    left.plot([record["accuracy"][task] for task in order], range(1, n + 1), "D", ms=7, color="tab:blue",
+              label="vision in all layers (black: median)", zorder=3)
     left.set(xlim=(-0.03, 1.03), xlabel=f"accuracy over {len(accuracy)} subsets of layers without vision",
              title="green: easy cluster, red: hard cluster")
     left.set_yticks(range(1, n + 1), order)
