@@ -43,10 +43,10 @@ def answers(model, questions, sa="auto", batch_size=16, start=0, temperature=0.0
 
     A question is (text, images): paths or PIL images, where the text has <image> or before it. A ValueError in place
     of one is the reason why there is none, and becomes the answer's error.
-    sa: a configuration, "auto", or a function that gives (sa, allowed) of Asked for a prompt of `text` and `vision`
-    tokens (`dense_vision` without reduction). start: the first question to answer; batches are formed as without it, so
-    that a run that goes on with the same batch_size gives the same bits. temperature, seed, pixels, how: as in
-    VLM.generate; what is drawn for a question depends on the seed and its number only.
+    sa: a configuration, "auto", or a function that gives (sa, allowed) of Asked for the shared beginning of a prompt,
+    its text tokens, and its visual ones without reduction. start: the first question to answer; batches are formed as
+    without it, so that a run that goes on with the same batch_size gives the same bits. temperature, seed, pixels, how:
+    as in VLM.generate; what is drawn for a question depends on the seed and its number only.
     """
     choose = sa if callable(sa) else lambda *_: (sa, None)
     largest = 1 if temperature else batch_size  # of a batch: VLM.generate draws for all of one from one seed
@@ -117,7 +117,7 @@ def ask(model, question, choose, pixels):
     shared = data.encode(shared, model.tokenizer, [data.process_image(x, c, single) for x in images])
     own = data.encode(own, model.tokenizer, start=shared.end)
     dense_vision = sum(data.tiling(*x.size, c.unreduced(), single).tokens for x in images)
-    sa, allowed = choose(len(shared.ids) + len(own.ids), len(shared.v_pos), dense_vision)
+    sa, allowed = choose(shared, len(shared.ids) + len(own.ids), dense_vision)
     pixels = c.allowed_pixels(pixels if sa == "auto" or pixels != "auto" else "all", sa, allowed)
     return Asked(shared, own, dense_vision, sa, pixels, allowed and tuple(allowed))
 

@@ -38,11 +38,12 @@ class Stream:
 class Chat:
     """One person's conversation with a model. Lines that begin by / are commands, all others questions."""
 
-    def __init__(self, model, images, sa, choose, warn=None, **how):
-        """images: PIL images. sa: what --sa said. choose(sa, text, vision, dense vision): (what VLM.generate is called
-        with, the configurations that a router may choose, the pixels) for such a --sa and so many tokens.
+    def __init__(self, model, images, sa, choose, check, warn=None, **how):
+        """images: PIL images. sa: what --sa said. choose(sa, prefix, text, dense_vision): (what VLM.generate is called
+        with, the configurations that a router may choose, the pixels) for such a --sa and a prompt, as in
+        sample.configuration. check(sa): raises ValueError for layers that are not there, warns of unlearned ones.
         warn(questions, images): says what the model can't know of them. how: as in decoding.generate."""
-        self.model, self.sa, self.choose, self.how = model, sa, choose, how
+        self.model, self.sa, self.choose, self.check, self.how = model, sa, choose, check, how
         self.warn = warn or (lambda questions, images: None)
         self.begin(images)
 
@@ -68,11 +69,11 @@ class Chat:
             data.place_images(question, 0)  # raises where it is empty
             text = data.chatml([question])
             text = text[text.index("<|im_start|>user"):]
-        self.warn([question], self.images)
+        self.warn([question], [])
         said = self.conversation.prompts if self.conversation else [self.prefix]
         prompt = data.encode(text, self.model.tokenizer, start=said[-1].end)
         n_text = sum(len(p.ids) for p in said) + len(prompt.ids)
-        sa, allowed, pixels = self.choose(self.sa, n_text, len(self.prefix.v_pos), self.dense_vision)
+        sa, allowed, pixels = self.choose(self.sa, self.prefix, n_text, self.dense_vision)
         timings, routes, layer_tokens, start = {}, [], [], time.perf_counter()
         if self.conversation is None:
             from conversation import Conversation  # with torch, 1.5 s
@@ -85,7 +86,7 @@ class Chat:
         self.last = question, prompt, tokens, Route("", sa, pixels, routes[0], layer_tokens[0])
         shown = len(self.prefix.v_pos) if routes[0].pixels == "all" else data.overview_tokens(c)
         return (f"--sa {sa_name(c, routes[0].sa)}{' over the overview' * (routes[0].pixels == 'overview')}, "
-                f"{n_text} text + {counted(shown, 'visual token')}, {len(tokens)} of answer, "
+                f"{n_text} text + {counted(shown, 'visual token')}, {len(tokens) or 'none'} of answer, "
                 f"{time.perf_counter() - start:.2f} s")
 
     def explain(self, path):
@@ -94,7 +95,7 @@ class Chat:
         if not self.images:
             raise ValueError("/explain draws an image, and there is none: /image FILE first")
         if self.last is None:
-            raise ValueError("/explain draws an answer, and there is none yet: ask first")
+            raise ValueError("/explain draws a whole answer, and there is none yet: ask first")
         if Path(path).suffix != ".png" or not Path(path).parent.is_dir():
             raise ValueError(f"/explain {path}: give a .png file in a directory that exists")
         question, prompt, tokens, route = self.last
@@ -120,13 +121,12 @@ class Chat:
             self.begin([pictures.load_image(word) for word in words])
             return f"{counted(len(words), 'image')}, {counted(len(self.prefix.v_pos), 'visual token')}"
         if name == "/sa" and len(words) == 1:
-            if words[0] != "auto":
-                self.model.config.configuration(words[0], "/sa")
+            self.check(words[0])
             self.sa = words[0]
             return f"--sa {self.sa} from the next answer on"
         if name == "/explain" and len(words) == 1:
             return self.explain(words[0])
-        raise ValueError(f"{line}: give one of /image FILE ..., /sa LAYERS, /explain FILE.png, /help")
+        raise ValueError(f"{line}: give one of /image FILE ..., /sa LAYERS, /explain FILE.png, /help; Ctrl-D leaves")
 
 
 def talk(chat, read=None):

@@ -19,12 +19,18 @@ from pathlib import Path
 NANO = Path(__file__).parent / "nano"  # the shipped miniature; its dense model lies in NANO / "dense"
 
 
+def program(path):
+    """What starts a script at a path: its name, for paper/bench.py python -m paper.bench."""
+    inside = path.parent.name if path.parent.resolve().parent == Path(__file__).parent.resolve() else ""
+    return f"python -m {inside}.{path.stem}".removesuffix(".__main__") if inside else path.name
+
+
 class Parser(argparse.ArgumentParser):
     """A command line of any script: bad input gives one line `error: ...` on stderr and exit status 2."""
 
     def __init__(self, doc="", **how):
         """doc: the script's docstring, whose indented lines are the examples at the end of --help."""
-        super().__init__(**how)
+        super().__init__(prog=program(Path(sys.argv[0])), **how)
         self.examples = [line.strip() for line in doc.splitlines() if re.match(r" {4}\S", line)]
 
     def format_help(self):
@@ -238,12 +244,17 @@ def leave(number, _):
     raise SystemExit(128 + number)
 
 
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def free_threads():
     """As many threads as this process's share of the cores that nothing else keeps busy, as torch would start them; at
     least one. On a machine where all cores are busy two threads wait for one another: 7 times slower than one alone.
     """
     import torch
-    idle = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    idle = cores()
     try:
         before = cpu_times()
         time.sleep(0.3)

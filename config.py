@@ -288,7 +288,8 @@ class Config:
         if text in ("dense", "none"):
             return tuple(range(self.layers)) if text == "dense" else ()
         if not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", text):
-            raise ValueError(f"{flag} {text[:60]}: give dense, none, or layer numbers such as 1,4,7")
+            auto = "auto, " * (flag == "/sa")  # who gives --sa auto does not come here
+            raise ValueError(f"{flag} {text[:60]}: give {auto}dense, none, or layer numbers such as 1,4,7")
         sa = tuple(sorted({int(x) for x in text.split(",")}))
         if sa[-1] >= self.layers:
             raise ValueError(f"{flag} {text}: there is no layer {sa[-1]}; this model has layers 0 to {self.layers - 1}")

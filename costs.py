@@ -7,7 +7,7 @@ from typing import NamedTuple
 import data
 from cli import counted
 from config import PIXELS, Plan, branch_layers, sa_name
-from flops import answer_flops, encoder_flops, llm_flops, pixel_flops, prompt_flops, router_flops
+from flops import answer_flops, asking_flops, encoder_flops, llm_flops, pixel_flops, prompt_flops, router_flops
 
 
 class Route(NamedTuple):
@@ -103,14 +103,15 @@ def summary(config, report, questions):
                          f"prefill {s['prefill']:.2f} s, decode {s['decode']:.2f} s{rate}", 80)
 
 
-def within_budget(c, budget, text, vision, dense_vision):
+def within_budget(c, budget, text, vision, dense_vision, asks):
     """The viable configurations whose prompt, router included, costs at most `budget` of dense, the costliest first.
     Raises ValueError.
 
-    Dense has the `dense_vision` visual tokens that the prompt has without reduction.
+    Dense has the `dense_vision` visual tokens that the prompt has without reduction. asks: whether the router decides
+    on the pixels first.
     """
     dense = llm_flops(c, range(c.layers), text, dense_vision)
-    router = router_flops(c, text, vision) if c.router else 0
+    router = (router_flops(c, text, vision) if c.router else 0) + (asking_flops(c, text) if asks else 0)
     costs = {sa: (llm_flops(c, sa, text, vision) + router) / dense for sa in c.viable}
     if not costs:
         raise ValueError("--budget: this checkpoint has no viable configurations; give --sa instead")

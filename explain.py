@@ -32,6 +32,7 @@ class Look(NamedTuple):
     the number of a cell of its image: first the base tile's, row by row, then the grid's."""
     weights: dict       # {layer that looks at vision: (visual tokens,)}; zero where a token is gone
     shares: dict        # {layer: what all its visual tokens get}, those without a place too
+    evens: dict         # {layer: what they would get if it looked at all that it sees evenly}
     places: np.ndarray  # (visual tokens,) -1: none, as newlines
     merged: np.ndarray  # (visual tokens,) bool: others were merged into it (VisionZip)
     kept: np.ndarray    # (visual tokens,) bool: it is in the last layer
@@ -63,16 +64,17 @@ def attention_to_images(model, prompt, answer, sa):
         pieces = model.pieces(prompt.images)
         tree = model.prefill([whole], tuple(sa), 0, known=pieces)
         tree.run(tuple(sa))
-    weights, shares, kept = {}, {}, tree.kept(0)
+    weights, shares, evens, kept = {}, {}, {}, tree.kept(0)
     for (start, stop, past), numbers in zip(tree.runs, kept):
         for l in sorted(found.keys() & set(range(start, stop))):
             own = found[l][past.v_pos[0, :past.vision[0]]] if l in sa else found[l]
             weights[l], shares[l] = np.zeros(len(prompt.v_pos), np.float32), float(own.sum())
+            evens[l] = len(own) / len(found[l])
             weights[l][numbers[numbers >= 0]] = own[numbers >= 0]
     lie = [places_of(x, p.tiling, model.config) for x, p in zip(pieces, prompt.images)]
     places, merged = map(np.concatenate, zip(*lie))
     last = kept[-1]
-    return Look(weights, shares, places, merged, np.isin(np.arange(len(places)), last), int((last < 0).sum()))
+    return Look(weights, shares, evens, places, merged, np.isin(np.arange(len(places)), last), int((last < 0).sum()))
 
 
 def places_of(pieces, tiling, c):
@@ -117,14 +119,16 @@ def draw(path, images, processed, config, report, look, questions=1):
     images and processed: PIL images and their data.ProcessedImage; report: sample.py's row about the question;
     look: of attention_to_images; questions: how many the report's saving is over.
     """
+    if report["pixels"] == "overview":  # what was seen of them
+        images = [image.resize((config.tile, config.tile)).resize(image.size) for image in images]
     images = [fit(image, 900, 900) for image in images]  # nothing is drawn larger
     padded = config.aspect == "pad" or len(images) > 1 and config.aspect == "anyres"
     where = [boxes(image, p.tiling, padded) for image, p in zip(images, processed)]
     kept, merged = (heat(x, look.places, processed) for x in (look.kept, look.merged))
     columns = 6
     cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
-    found = {l: times_the_mean(images, heat(weights, look.places, processed), where)
-             for l, weights in look.weights.items()}
+    found = {l: times_an_even_share(images, heat(weights, look.places, processed), where,
+                                    look.shares[l] / look.evens[l]) for l, weights in look.weights.items()}
     peaks = {l: peak for l, (_, peak) in found.items()}
     top = max(peaks.values(), default=0.0)
     thumbs = {l: montage(images, layers, top, cell) for l, (layers, _) in found.items()}
@@ -156,7 +160,8 @@ def draw(path, images, processed, config, report, look, questions=1):
     saving = flops["saving"]
     less = f"{saving:.1f}x fewer operations than" if saving > 1 else f"{1 / saving:.1f}x more operations than" if \
         saving < 1 else "as many operations as"
-    spent = f"instead of {flops['llm_dense'] / 1e9:,.4g} GFLOP" if questions == 1 else "GFLOP for this one"
+    spent = f"instead of {flops['llm_dense'] / 1e9:,.4g} GFLOP" if questions == 1 and saving != 1 else \
+        "GFLOP" + " for this one" * (questions > 1)
     facts = [f"Language model: {less} dense" + f" over {counted(questions, 'question')}" * (questions > 1),
              f"{flops['llm'] / 1e9:,.4g} {spent}; the vision encoder took {flops['encoder'] / 1e9:,.4g}",
              f"{report['text_tokens']} text and {counted(report['vision_tokens'], 'visual token')}, "
@@ -174,7 +179,9 @@ def draw(path, images, processed, config, report, look, questions=1):
         page.paste(thumb, (x, y + 5))
         note = f"layer {l}, self: {percent(look.shares[l])} on the image" if l in report["sa"] else f"layer {l}, cross"
         below = write(pen, x, y + thumb.height + 9, note, 16, PALE)
-        write(pen, x, below, f"brightest: {peaks[l]:.3g}x the mean" if peaks[l] else "brightest: none", 16, PALE)
+        many = f"{peaks[l]:.2g}x" if peaks[l] >= 0.01 else "under 0.01x"
+        brightest = f"brightest: {many} an even share" if peaks[l] else "on tokens without a place"
+        write(pen, x, below, brightest, 16, PALE)
     page.save(path)
 
 
@@ -205,7 +212,7 @@ def kept_note(kept, merged, where, added, config):
         return ""
     beyond = int(sum((own[-1] > 0).sum() for own in kept)) - bright
     note = "Left in the last layer" if config.reduction.inside else "Kept"
-    note += f": the bright {bright:,} of {drawn:,} patches"
+    note += f": {f'the bright {bright:,}' if bright else 'none'} of {drawn:,} patches"
     note += f", {in_base:,} of {base:,} of the base tile" * (len(kept[0]) > 1)
     note += f", {beyond:,} of the padding" * (beyond > 0)
     note += f"; others went into the {outlined:,} outlined ones" * (outlined > 0)
@@ -233,9 +240,9 @@ def stretched(cells, box, size, how):
     return Image.fromarray(np.pad(cells, 1, mode="edge")).resize(size, how, [x + 1 for x in box])
 
 
-def times_the_mean(images, maps, where):
-    """(Of each image how many times the mean of all the attention at a pixel is, (height, width); how many times the
-    brightest have). maps: of `heat`; where: their `boxes`."""
+def times_an_even_share(images, maps, where, level):
+    """(Of each image how many times an even share of a layer's attention a pixel gets, (height, width); how many times
+    the brightest get). maps: of `heat`; where: their `boxes`; level: what the images get in the mean."""
     layers = []
     for image, own, own_boxes in zip(images, maps, where):
         total = np.zeros(image.size[::-1])
@@ -247,13 +254,13 @@ def times_the_mean(images, maps, where):
     every = np.concatenate([t.ravel() for t in layers])
     if not every.any():
         return layers, 0.0
-    mean = every.mean()
-    return [t / mean for t in layers], np.quantile(every[every > 0], 0.995) / mean  # of a few patches, too
+    unit = every.mean() / level
+    return [t / unit for t in layers], np.quantile(every[every > 0], 0.995) / unit  # of a few patches, too
 
 
 def montage(images, layers, top, width):
-    """The images side by side, dimmed, with their heat on top. layers: of `times_the_mean`; the colours are
-    logarithmic, from nothing to `top` times the mean, for all layers alike."""
+    """The images side by side, dimmed, with their heat on top. layers: of `times_an_even_share`; the colours are
+    logarithmic, from nothing to `top` times that, for all layers alike."""
     out = []
     for image, times in zip(images, layers):
         x = (np.log1p(times) / np.log1p(max(top, 1))).clip(0, 1)[..., None]
@@ -271,10 +278,11 @@ def heat_colour(x):
 
 
 def scale(page, pen, right, y, top):
-    """What the colours mean, in times the mean of a layer's attention to the image: a bar that ends at `right`."""
+    """What the colours mean, in times an even share of a layer's attention: a bar that ends at `right`."""
     width, font = 320, ImageFont.load_default(18)
     bar = np.broadcast_to(heat_colour(np.linspace(0, 1, width)), (16, width, 3)).astype(np.uint8)
-    x, unit = round(right - width - pen.textlength("x the mean", font) - 70), "x the mean"
+    unit = "x an even share"
+    x = round(right - width - pen.textlength(unit, font) - 50)
     page.paste(Image.fromarray(bar), (x, y))
     marks = [n for n in (0, 1, 3, 10, 30, 100, 300) if n < 0.7 * top]
     for n in [*marks, top] if top > 1 else [0, 1]:

@@ -188,6 +188,12 @@ def pixel_flops(c, text):
     return scores_flops(c, c.overview[0], text, overview_tokens(c), c.pixel_layer, 1)
 
 
+def asking_flops(c, text):
+    """That, and what it was decided from and is not used where all are wanted: the prompt over the overview."""
+    seen = llm_flops(c, c.overview[0], text, overview_tokens(c), head=False, layers=range(c.pixel_layer))
+    return seen + pixel_flops(c, text)
+
+
 def scores_flops(c, sa, text, vision, stop, choices):
     """The routing token up to layer `stop`, and what reads it."""
     way = llm_flops(c, sa, 1, 0, text, vision, head=False, layers=range(stop))

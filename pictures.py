@@ -33,7 +33,8 @@ def load_image(path):
     Metadata never decides: a file that opens only without its comments and profiles is read without them.
     """
     if not os.path.isfile(path):
-        raise SampleError("missing image", f"{path}: no such image; check the path")
+        found = "a directory, no" if os.path.isdir(path) else "no such"
+        raise SampleError("missing image", f"{path}: {found} image; check the path")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about EXIF and large images

@@ -11,7 +11,7 @@ import numpy as np
 import data
 from cli import atomic
 from config import Plan, plan_name
-from flops import encoder_flops, llm_flops, pixel_flops, router_flops
+from flops import asking_flops, encoder_flops, llm_flops, pixel_flops, router_flops
 
 
 class Report:
@@ -40,12 +40,9 @@ class Report:
         """Operations of choosing a plan for a usual prompt: of the routing token, and of the prompt over the overview
         where that did not do."""
         c, text, vision = self.config, self.text_tokens, data.overview_tokens(self.config)
-        decide = pixel_flops(c, text) if c.overview else 0
         if plan.pixels == "overview":  # where one configuration is all there is, layers are not chosen
-            return decide + (router_flops(c, text, vision) if len(c.overview) > 1 else 0)
-        if c.overview:
-            decide += llm_flops(c, c.overview[0], text, vision, head=False, layers=range(c.pixel_layer))
-        return decide + router_flops(c, text, self.tiling.tokens)
+            return pixel_flops(c, text) + (router_flops(c, text, vision) if len(c.overview) > 1 else 0)
+        return (asking_flops(c, text) if c.overview else 0) + router_flops(c, text, self.tiling.tokens)
 
     def add(self, label, plan, results, plans, choice, extra=lambda plan: 0):
         """A row: what happens if result r is answered with plan number choice(r).

@@ -136,11 +136,12 @@ def text_of(question, n, config=None):
         raise ValueError(f"--q {textwrap.shorten(question, 60, placeholder=' ...')!r}: {e}") from None
 
 
-def configuration(args, config, text, vision, dense_vision):
-    """(what VLM.prefill is called with, the configurations that a router may choose) for a prompt of `text` and
-    `vision` tokens (`dense_vision` without reduction)."""
+def configuration(args, config, prefix, text, dense_vision):
+    """(what VLM.prefill is called with, the configurations that a router may choose) for a prompt that begins by
+    `prefix`, with all its images, and has `text` tokens; without reduction `dense_vision` visual ones."""
     if args.budget is not None:
-        allowed = within_budget(config, args.budget, text, vision, dense_vision)
+        asks = pixels_of(args, config) == "auto" and data.has_overview(prefix)
+        allowed = within_budget(config, args.budget, text, len(prefix.v_pos), dense_vision, asks)
         return ("auto", allowed) if config.router else (allowed[0], None)
     if args.sa != "auto":
         return config.configuration(args.sa), None
@@ -240,8 +241,7 @@ def main(argv=None):
         prefix, own = data.split_shared(text)
         prefix = data.encode(prefix, model.tokenizer, processed)
         prompt = data.encode(own, model.tokenizer, start=prefix.end)
-        n_text, n_vision = len(prefix.ids) + len(prompt.ids), len(prefix.v_pos)
-        sa, allowed = configuration(args, c, n_text, n_vision, dense_vision)
+        sa, allowed = configuration(args, c, prefix, len(prefix.ids) + len(prompt.ids), dense_vision)
         timings = dict.fromkeys(("encoder", "prefill", "decode"), 0.0)
         key, pixels = (tuple(prefix.ids), tuple(prefix.t_pos)), c.allowed_pixels(wanted, sa, allowed)
         routes, layer_tokens = [], []
@@ -278,14 +278,19 @@ def converse(args, model, images):
     warn = partial(warn_of_other_worlds, tokenizer=model.tokenizer) if c.world == "toy" else None
     pixels_of(args, c)  # mistakes show at once
 
-    def choose(sa, text, vision, dense_vision):
+    def choose(sa, *prompt):
         own = {"sa": sa, "budget": args.budget if sa == "auto" else None}
         if args.pixels == "auto" and sa != "auto":
             own["pixels"] = None
         own = Namespace(**{**vars(args), **own})
-        sa, allowed = configuration(own, c, text, vision, dense_vision)
+        sa, allowed = configuration(own, c, *prompt)
         return sa, allowed, c.allowed_pixels(pixels_of(own, c), sa, allowed)
-    talk(Chat(model, images, args.sa, choose, warn, max_tokens=args.max_tokens, temperature=args.temperature,
+
+    def check(sa):
+        if sa != "auto":
+            c.configuration(sa, "/sa")
+        warn_of_layers(Namespace(**{**vars(args), "sa": sa}), c)
+    talk(Chat(model, images, args.sa, choose, check, warn, max_tokens=args.max_tokens, temperature=args.temperature,
               top_p=args.top_p, seed=args.seed))
 
 

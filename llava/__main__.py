@@ -1,5 +1,8 @@
-"""Looks at training data before it is trained on: `--show` prints one sample, `--check` reads them all."""
-import os
+"""Looks at training data before it is trained on: `--show` prints one sample, `--check` reads them all.
+
+    python -m llava --show mix.yaml --images DIR --index 3
+    python -m llava --check mix.yaml --images DIR --model MODEL
+"""
 import sys
 from collections import Counter
 from itertools import pairwise
@@ -92,8 +95,7 @@ def show(samples, i, colours):
 
 
 def main(argv=None):
-    p = cli.Parser(doc=__doc__, description="Training data: look at a sample, or check them all.",
-                   prog="python -m llava")
+    p = cli.Parser(doc=__doc__, description="Training data: look at a sample, or check them all.")
     action = p.add_mutually_exclusive_group(required=True)
     action.add_argument("--show", metavar="FILE", help="a sample as the model gets it: learned tokens green, others "
                         "red; into a pipe or a file, learned ones in [[...]]")
@@ -107,7 +109,7 @@ def main(argv=None):
     p.add_argument("--label-rule", default="assistant", choices=("assistant", "llava"), help="what is learned: answers "
                    "(default), or what LLaVA-OneVision learns, all markers and newlines too")
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest sample, text and vision together")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that read "
+    p.add_argument("--workers", type=int, default=cli.cores(), metavar="N", help="processes that read "
                    "(default: all cores)")
     args = p.parse_args(argv)
     model = cli.checkpoint_path(args.model)

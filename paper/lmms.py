@@ -143,7 +143,7 @@ def write_quilts(task, folder="out/quilts"):
 
 def parse(argv=None):
     """(sample.py's arguments, the words for lmms-eval without --model and --model_args)."""
-    p = Parser(doc=__doc__, prog="python -m paper.lmms", description="lmms-eval's benchmarks for one's own weights.",
+    p = Parser(doc=__doc__, description="lmms-eval's benchmarks for one's own weights.",
                allow_abbrev=False, epilog="All else goes to lmms-eval: --batch_size, --limit, --log_samples, "
                "--output_path, --include_path, ...; python -m lmms_eval eval --help lists it.")
     p.add_argument("--tasks", metavar="NAME,...", help="of lmms-eval, or quilts, the miniature's; list shows them")

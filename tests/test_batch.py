@@ -97,14 +97,14 @@ def test_answers_are_those_of_each_question_alone_in_order_and_in_batches(model,
 
 def test_a_configuration_for_each_question(model, folder, loaded):
     """By its tokens; those that a router may choose differ too, and are kept to."""
-    def choose(text, vision, dense_vision):
-        assert vision == dense_vision
-        return ((1,) if vision else (1, 4)), None
+    def choose(prefix, text, dense_vision):
+        assert len(prefix.v_pos) == dense_vision and text > len(prefix.ids)
+        return ((1,) if dense_vision else (1, 4)), None
     questions = questions_of(folder)[:6]
     for x, question in zip(answers.answers(model, questions, choose, 8, max_tokens=2), questions):
         assert (x.tokens, x.plan.sa) == alone(model, question, (1,) if question[1] else (1, 4), max_tokens=2)
     assert max(loaded) == 6
-    limits = lambda text, vision, _: ("auto", [(1,)] if vision else None)
+    limits = lambda prefix, text, _: ("auto", [(1,)] if len(prefix.v_pos) else None)
     for x, question in zip(answers.answers(model, questions, limits, 8, max_tokens=2), questions):
         allowed = [(1,)] if question[1] else None
         assert (x.tokens, x.plan.sa) == alone(model, question, "auto", max_tokens=2, allowed=allowed)

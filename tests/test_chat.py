@@ -16,7 +16,6 @@ import data
 import sample
 from chat import Chat, talk
 from config import Plan
-from model import VLM
 from tests import tiny
 from tests.test_router import call
 
@@ -32,12 +31,12 @@ def model(name="siglip"):
 
 
 def chosen(m):
-    """As sample.converse chooses."""
+    """As sample.converse chooses, and checks."""
     def choose(sa, *_):
         if sa == "auto":
             return "auto", None, "auto" if m.config.overview else "all"
         return m.config.configuration(sa), None, "all"
-    return choose
+    return choose, lambda sa: sa == "auto" or m.config.configuration(sa, "/sa")
 
 
 def lines(*words):
@@ -71,7 +70,7 @@ def turns_of(m, images, *turns):
 def test_each_answer_is_that_of_the_whole_conversation_asked_anew(name, n, capsys):
     m = model(name)
     images = [tiny.image(70 + 40 * i, 90, i) for i in range(n)]
-    own, said = Chat(m, images, "1,4", chosen(m), max_tokens=5), []
+    own, said = Chat(m, images, "1,4", *chosen(m), max_tokens=5), []
     for question, sa in (("What?", "1,4"), ("And then?", "1,4"), ("Why?", "1"), ("So?", "dense")):
         if own.sa != sa:
             own.command(f"/sa {sa}")
@@ -86,7 +85,7 @@ def test_each_answer_is_that_of_the_whole_conversation_asked_anew(name, n, capsy
 def test_the_router_decides_for_each_question_and_no_tile_is_encoded_twice(capsys):
     m, tiles = model(), []
     m.vision_tower.register_forward_pre_hook(lambda _, args: tiles.append(len(args[0])))
-    own, said, seen = Chat(m, [tiny.image(70, 90)], "auto", chosen(m), max_tokens=4), [], set()
+    own, said, seen = Chat(m, [tiny.image(70, 90)], "auto", *chosen(m), max_tokens=4), [], set()
     content = []  # whether the overview will do, for the question that is asked
     m.overview_will_do = lambda *_: content
     for i, question in enumerate(("What?", "Is it red?", "a", "bb", "ccc", "dddd", "How many?")):
@@ -112,7 +111,7 @@ def test_the_router_decides_for_each_question_and_no_tile_is_encoded_twice(capsy
 def test_commands_and_mistakes_leave_the_conversation_as_it_was(tmp_path, capsys):
     m = model()
     tiny.image(50, 60).save(tmp_path / "a.png")
-    own = Chat(m, [tiny.image(70, 90)], "1", chosen(m), max_tokens=3)
+    own = Chat(m, [tiny.image(70, 90)], "1", *chosen(m), max_tokens=3)
     talk(own, lines("/explain x.png", "one", "/sa 99", "/sa", "/jump", "/image no.png", "<image> two",
                     f"/explain {tmp_path}/e.jpg", f"/explain {tmp_path}/e.png", "/help", "", "   ", '/sa "1', "three"))
     out, err = capsys.readouterr()
@@ -129,7 +128,7 @@ def test_commands_and_mistakes_leave_the_conversation_as_it_was(tmp_path, capsys
 
 def test_ctrl_c_stops_an_answer_and_forgets_its_question(capsys, monkeypatch):
     m = model()
-    own = Chat(m, [tiny.image(70, 90)], "1", chosen(m), max_tokens=4)
+    own = Chat(m, [tiny.image(70, 90)], "1", *chosen(m), max_tokens=4)
     own.ask("one")
     first, real = own.last[2], chat.Stream.__call__
 
@@ -148,7 +147,7 @@ def test_ctrl_c_stops_an_answer_and_forgets_its_question(capsys, monkeypatch):
 def test_the_picture_is_of_the_last_answer(tmp_path, monkeypatch, capsys):
     import explain
     m, drawn = model(), []
-    own = Chat(m, [tiny.image(70, 90)], "1,4", chosen(m), max_tokens=3)
+    own = Chat(m, [tiny.image(70, 90)], "1,4", *chosen(m), max_tokens=3)
     own.ask("one")
     own.ask("two")
     monkeypatch.setattr(explain, "draw", lambda *args: drawn.append(args))
@@ -204,13 +203,13 @@ def test_on_a_terminal(tmp_path):
 
 def test_plans_are_told_as_sa_calls_them():
     m = model()
-    own = Chat(m, [tiny.image(70, 90)], "dense", chosen(m), max_tokens=2)
+    own = Chat(m, [tiny.image(70, 90)], "dense", *chosen(m), max_tokens=2)
     assert own.ask("what?").startswith("--sa dense, ") and own.last[3].ran == Plan(tuple(range(6)))
 
 
 def test_what_was_said_in_other_layers_stays_apart():
     m = model()
-    own = Chat(m, [tiny.image(70, 90)], "1", chosen(m), max_tokens=2)
+    own = Chat(m, [tiny.image(70, 90)], "1", *chosen(m), max_tokens=2)
     own.ask("one")
     first = own.conversation
     own.command("/sa 1,4")
@@ -234,6 +233,6 @@ def test_layers_by_name_go_on_without_the_router_of_pixels(tmp_path, monkeypatch
 
 def test_a_line_that_is_no_text_ends_nothing(capsys):
     m = model()
-    own = Chat(m, [], "1", chosen(m), max_tokens=2)
+    own = Chat(m, [], "1", *chosen(m), max_tokens=2)
     talk(own, lines(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "one"))
     assert "not valid UTF-8" in capsys.readouterr().err and len(own.conversation.prompts) == 3

@@ -11,7 +11,7 @@ from PIL import Image
 import explain
 import sample
 from conversation import Conversation
-from data import Prompt, chatml, collate, encode, join, process_image, split_shared, with_tokens
+from data import Prompt, chatml, collate, encode, join, process_image, seen, split_shared, with_tokens
 from layers import rotate
 from layout import rope_table
 from methods import FORMS, GRID, parse
@@ -168,8 +168,8 @@ def per_forward(m, sa):
 
 
 def overlaid(image, maps, boxes, width):
-    """One image with its heat, on its own scale, and how many times the mean the brightest have."""
-    layers, peak = explain.times_the_mean([image], [maps], boxes)
+    """One image with its heat, on its own scale, and how many times an even share the brightest get."""
+    layers, peak = explain.times_an_even_share([image], [maps], boxes, 1.0)
     return explain.montage([image], layers, peak, width), peak
 
 
@@ -199,7 +199,7 @@ def test_heat_lands_where_the_token_is(where, corner):
 
 
 def test_the_scale_is_that_of_the_brightest_colour():
-    """All attention in a quarter of the image: there it is four times the mean; the sum does not matter."""
+    """All of an even share in a quarter of the image: there it is four times that; the sum does not matter."""
     c, image = tiny.config(), Image.new("RGB", (64, 64))
     p = process_image(image, c, single_image=False)
     places, _ = explain.places_of(None, p.tiling, c)
@@ -216,13 +216,43 @@ def test_the_scale_is_that_of_the_brightest_colour():
 
 
 def test_all_layers_have_one_scale():
-    """What is as many times the mean has the same colour, whatever the other layers have."""
+    """What is as many times an even share has the same colour, whatever the other layers have."""
     image = Image.new("RGB", (64, 64))
     layers = [np.full((64, 64), times) for times in (0.0, 1.0, 9.0, 30.0)]
     shown = [explain.montage([image], [layer], 30.0, 64).getpixel((30, 30)) for layer in layers]
     assert len(set(shown)) == 4 and [sum(x) for x in shown] == sorted(sum(x) for x in shown)
     assert shown[2] == explain.montage([image], [np.where(np.arange(64) < 32, 9.0, 0.1) + np.zeros((64, 64))], 30.0,
                                        64).getpixel((10, 30))
+
+
+def test_a_layer_that_looks_elsewhere_is_dark():
+    """The level of a self-attention layer is what its image gets of an even share of text and vision."""
+    image, cells = Image.new("RGB", (64, 64)), np.zeros((4, 4))
+    cells[1, 1] = 1e-5
+    alone, _ = explain.times_an_even_share([image], [[cells]], [[(0, 0, 4, 4)]], 1.0)
+    (dark,), peak = explain.times_an_even_share([image], [[cells]], [[(0, 0, 4, 4)]], 1e-3)
+    assert np.allclose(dark, alone[0] * 1e-3) and 0.01 < peak < 0.02
+    m = tiny.model()
+    prompt = prompt_of(m, "a long question<image>y")
+    look = explain.attention_to_images(m, prompt, [40, 7, 9], (1, 4))
+    vision = len(prompt.v_pos)
+    assert look.evens == {1: vision / (vision + len(prompt.ids) + 3), 2: 1, 4: look.evens[1], 5: 1}
+    assert all(look.shares[l] == pytest.approx(look.weights[l].sum(), abs=1e-5) for l in look.evens)
+
+
+def test_the_overview_is_drawn_as_it_was_seen(tmp_path):
+    """A pattern finer than the base tile's pixels is gone, as for the model."""
+    m, pattern = tiny.model(), np.indices((128, 128)).sum(0) % 2 * 255
+    image = Image.fromarray(pattern.astype(np.uint8)).convert("RGB")
+    found = []
+    for pixels in ("all", "overview"):
+        prompt = seen(encode(chatml(["<image>what?"]), m.tokenizer, [process_image(image, m.config)]), pixels, m.config)
+        look = explain.attention_to_images(m, prompt, [40], ())
+        report = {"question": "what?", "answer": "x", "tokens": [40], "sa": [], "text_tokens": 9, "vision_tokens": 9,
+                  "pixels": pixels, "flops": {"llm": 1e9, "llm_dense": 1e9, "encoder": 3e9, "saving": 1.0}}
+        explain.draw(tmp_path / "e.png", [image], prompt.images, m.config, report, look)
+        found.append(np.asarray(Image.open(tmp_path / "e.png").convert("L"), float)[200:380, 60:160].std())
+    assert found[0] > 30 > 3 > found[1]
 
 
 @pytest.mark.parametrize("share, words", [(0, "<0.1%"), (1e-9, "<0.1%"), (0.003, "0.3%"), (0.0996, "10.0%"),
@@ -259,7 +289,8 @@ def test_draws_a_page(tmp_path, sizes, sa):
     tokens, = m.generate([prompt], sa, max_tokens=3)
     look = explain.attention_to_images(m, prompt, tokens, sa)
     report = {"question": "What? " * 40, "answer": "word " * 100, "tokens": tokens, "sa": list(sa), "text_tokens": 9,
-              "vision_tokens": 9, "flops": {"llm": 1e9, "llm_dense": 2e9, "encoder": 3e9, "saving": 2.0}}
+              "vision_tokens": 9, "pixels": "all",
+              "flops": {"llm": 1e9, "llm_dense": 2e9, "encoder": 3e9, "saving": 2.0}}
     explain.draw(tmp_path / "e.png", images, processed, m.config, report, look)
     page = Image.open(tmp_path / "e.png")
     assert page.width == 1600 and len(page.getcolors(1 << 24)) > 100
@@ -514,4 +545,6 @@ def test_every_method_draws_its_page(reduce, tmp_path, capsys, monkeypatch):
             assert notes[-1].startswith("Kept: the bright ")
             assert kept == row["vision_tokens"] - len(sizes) * (len(sizes) > 1)
         else:
-            assert notes[-1].startswith("Left in the last layer: the bright ") and kept < row["vision_tokens"]
+            assert kept < row["vision_tokens"] and notes[-1].startswith(
+                f"Left in the last layer: {'the bright ' if ' bright ' in notes[-1] else 'none of '}")
+            assert "bright 0" not in notes[-1]

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import costs
 import data
 import router
 import sample
@@ -67,6 +68,25 @@ def test_the_router_spends_little_on_coarse_and_detail_and_much_on_relations(rep
     for task in world.STRATA["relations"]:
         assert share[task].get("none", 0) < 0.1, task
     assert routed["by_group"]["coarse"]["end_to_end"] > 5 and routed["end_to_end"] > 2
+
+
+def test_a_budget_holds_with_all_that_the_router_costs(nano):
+    """What was run of a prompt that the router chose is what --budget allowed; cut in two it costs a little more."""
+    c, image = nano.config, Image.open(ASSETS / "copy.png").convert("RGB")
+    prefix, own = data.split_shared(data.chatml([data.place_images("How many changed in yellow?", 1)]))
+    prefix = data.encode(prefix, nano.tokenizer, [data.process_image(image, c)])
+    prompt, vision = data.encode(own, nano.tokenizer, start=prefix.end), len(prefix.v_pos)
+    text = len(prefix.ids) + len(prompt.ids)
+    for pixels in ("auto", "all"):
+        for sa in c.viable:
+            route = costs.Route("", "auto", pixels, Plan(sa))
+            spent = costs.Costs(c, prefix.images, vision).add(route, prefix, prompt, 1)
+            share = spent["llm"] / spent["llm_dense"]
+            assert sa in costs.within_budget(c, share, text, vision, vision, pixels == "auto")
+            if sa:
+                assert sa not in costs.within_budget(c, 0.99 * share, text, vision, vision, pixels == "auto")
+    with pytest.raises(ValueError, match="--sa none, costs 0.218 of dense"):
+        costs.within_budget(c, 0.2, text, vision, vision, True)
 
 
 def test_sample_answers(capsys):

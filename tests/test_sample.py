@@ -355,7 +355,7 @@ IMAGES = {
     "half.png": (lambda p: (tiny.image(300, 300).save(p), p.write_bytes(p.read_bytes()[:9000])), "broken image"),
     "bomb.png": (bomb, "pixels; make it smaller"),
     "nowhere.png": (lambda p: None, "no such image"),
-    "folder.png": (lambda p: p.mkdir(), "no such image")}
+    "folder.png": (lambda p: p.mkdir(), "a directory, no image")}
 
 
 @pytest.mark.parametrize("name", IMAGES)

@@ -330,11 +330,11 @@ def test_the_command_line_draws_and_exports(tmp_path, capsys):
     toy_main.main(["--show", str(tmp_path / "sheet.png"), "--n", "2"])
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
     assert sheet.shape[1] > 1000
-    left = [24, 24 + 800, 24 + 1600]  # of the columns; between two rows of quilts nothing is printed
-    row = (sheet.shape[0] - 24 - 90) // 2
-    assert all((sheet[row + 2:row + 22, x + 300:x + 790] == 255).all() for x in left)
-    below = (sheet[-90:] < 255).any(axis=0)  # all 27 signs, apart from one another
-    assert 27 <= (np.diff(below[:-1].astype(int)) == 1).sum()
+    row = (sheet.shape[0] - 24 - 180) // 2  # between two rows of quilts nothing is printed, nor between the columns
+    assert all((sheet[y:y + 22] == 255).all() for y in (row + 2, 2 * row + 2))
+    assert all((sheet[:2 * row, x:x + 10] == 255).all() for x in (10, 410, 810, 1210))
+    below = [(sheet[y:y + 44] < 255).any(axis=0) for y in (2 * row + 24, 2 * row + 110)]
+    assert sum((np.diff(x.astype(int)) == 1).sum() for x in below) >= 27  # all signs, apart from one another
     toy_main.main(["--write", str(tmp_path / "data"), "--n", "6"])
     samples = json.loads((tmp_path / "data" / "quilts.json").read_text())
     assert len(samples) == 6

@@ -21,29 +21,29 @@ TURNS = 10  # questions in an exported conversation
 
 
 def show(path, seed, n):
-    """A contact sheet: n held-out quilts of each kind, four times enlarged, with a question a task and its answer;
-    below them the signs."""
-    size, width, gap, line = world.SIZE * 4, 800, 24, 46  # pixels of a quilt, a column, a margin, a question
+    """A contact sheet: n held-out quilts of each kind, five times enlarged, below each a question a task with its
+    answer; below all the signs, in two rows."""
+    size, width, gap, line = world.SIZE * 5, 400, 24, 46  # pixels of a quilt, a column, a margin, a question
     stratum = {task: name for name, tasks in world.STRATA.items() for task in tasks}
-    quilts = world.eval_set(seed, n)
-    height = max(size, line * max(len(asked) for _, asked in quilts)) + gap
-    sheet = Image.new("RGB", (len(world.KINDS) * width + gap, n * height + gap + 90), (255, 255, 255))
+    quilts, in_a_row = world.eval_set(seed, n), -(-len(SIGNS) // 2)
+    height = size + line * max(len(asked) for _, asked in quilts) + 2 * gap
+    sheet = Image.new("RGB", (len(world.KINDS) * width + gap, n * height + gap + 180), (255, 255, 255))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(19)
     for i, (image, asked) in enumerate(quilts):
         x, y = gap + i % len(world.KINDS) * width, gap + i // len(world.KINDS) * height
         sheet.paste(image.resize((size, size), Image.NEAREST), (x, y))
-        left = x + size + 18
+        y += size + 12
         for task, question, answer in asked:
             level = world.TASKS[task].level
             depth = f", {level} deep" if level > 0 else ""
-            pen.text((left, y), f"{question}?", BLACK, font)
-            pen.text((left, y + 21), answer, RED, font)
-            pen.text((left + 80, y + 21), f"{task} ({stratum[task]}{depth})", GREY, font)
+            pen.text((x, y), f"{question}?", BLACK, font)
+            pen.text((x, y + 21), answer, RED, font)
+            pen.text((x + 80, y + 21), f"{task} ({stratum[task]}{depth})", GREY, font)
             y += line
     for i, (name, sign) in enumerate(SIGNS.items()):
-        x, y = gap + i * (sheet.width - gap) // len(SIGNS), n * height + gap
+        x, y = gap + i % in_a_row * (sheet.width - gap) // in_a_row, n * height + gap + i // in_a_row * 86
         sheet.paste(Image.fromarray(np.uint8(~sign) * 255).resize((40, 40), Image.NEAREST), (x, y))
-        pen.text((x, y + 46), name, GREY, font)
+        pen.text((x, y + 44), name, GREY, font)
     sheet.save(path)
 
 
@@ -65,7 +65,7 @@ def write(directory, seed, n):
 
 
 def parse(argv=None):
-    p = Parser(doc=__doc__, prog="python -m toy", description="The miniature's world: images, questions, answers.")
+    p = Parser(doc=__doc__, description="The miniature's world: images, questions, answers.")
     p.add_argument("--show", metavar="FILE.png", help="draw a contact sheet with questions and answers")
     p.add_argument("--write", metavar="DIR", help="write images, and conversations in LLaVA's format: quilts.json")
     p.add_argument("--n", type=int, metavar="N", help="quilts of each kind to show, quilts to write (default: 3, 1000)")
