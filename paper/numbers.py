@@ -7,6 +7,7 @@ tokens, against dense over 729 tokens a tile. "nominal" is the ratio of visual t
 """
 from dataclasses import replace
 
+from cli import Parser, run
 from config import preset
 from data import tiling
 from flops import (by_layer, cross_parameters, encoder_flops, expected_tokens, llm_flops, llm_parameters,
@@ -100,5 +101,10 @@ def table():
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows()])
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    Parser(doc=__doc__, description="The paper's savings beside our formula's; savings by encoder.").parse_args(argv)
     print(f"{table()}\n\n{backbones()}")
+
+
+if __name__ == "__main__":
+    run(main)
