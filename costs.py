@@ -120,6 +120,7 @@ def within_budget(c, budget, text, vision, dense_vision, asks):
     affordable = sorted([sa for sa in costs if costs[sa] <= budget], key=costs.get, reverse=True)
     if not affordable:
         cheapest = min(costs, key=costs.get)
+        instead = ", or leave out what deciding on the pixels costs: --pixels all" if asks else ""
         raise ValueError(f"--budget {budget:g}: the cheapest viable configuration, --sa {sa_name(c, cheapest)}, costs "
-                         f"{math.ceil(costs[cheapest] * 1000) / 1000:g} of dense; raise the budget to that")
+                         f"{math.ceil(costs[cheapest] * 1000) / 1000:g} of dense; raise the budget to that{instead}")
     return affordable

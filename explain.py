@@ -32,7 +32,7 @@ class Look(NamedTuple):
     the number of a cell of its image: first the base tile's, row by row, then the grid's."""
     weights: dict       # {layer that looks at vision: (visual tokens,)}; zero where a token is gone
     shares: dict        # {layer: what all its visual tokens get}, those without a place too
-    evens: dict         # {layer: what they would get if it looked at all that it sees evenly}
+    keys: dict          # {layer: the number of tokens that it sees, text too}
     places: np.ndarray  # (visual tokens,) -1: none, as newlines
     merged: np.ndarray  # (visual tokens,) bool: others were merged into it (VisionZip)
     kept: np.ndarray    # (visual tokens,) bool: it is in the last layer
@@ -64,17 +64,17 @@ def attention_to_images(model, prompt, answer, sa):
         pieces = model.pieces(prompt.images)
         tree = model.prefill([whole], tuple(sa), 0, known=pieces)
         tree.run(tuple(sa))
-    weights, shares, evens, kept = {}, {}, {}, tree.kept(0)
+    weights, shares, keys, kept = {}, {}, {}, tree.kept(0)
     for (start, stop, past), numbers in zip(tree.runs, kept):
         for l in sorted(found.keys() & set(range(start, stop))):
             own = found[l][past.v_pos[0, :past.vision[0]]] if l in sa else found[l]
             weights[l], shares[l] = np.zeros(len(prompt.v_pos), np.float32), float(own.sum())
-            evens[l] = len(own) / len(found[l])
+            keys[l] = len(found[l])
             weights[l][numbers[numbers >= 0]] = own[numbers >= 0]
     lie = [places_of(x, p.tiling, model.config) for x, p in zip(pieces, prompt.images)]
     places, merged = map(np.concatenate, zip(*lie))
     last = kept[-1]
-    return Look(weights, shares, evens, places, merged, np.isin(np.arange(len(places)), last), int((last < 0).sum()))
+    return Look(weights, shares, keys, places, merged, np.isin(np.arange(len(places)), last), int((last < 0).sum()))
 
 
 def places_of(pieces, tiling, c):
@@ -127,8 +127,8 @@ def draw(path, images, processed, config, report, look, questions=1):
     kept, merged = (heat(x, look.places, processed) for x in (look.kept, look.merged))
     columns = 6
     cell = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
-    found = {l: times_an_even_share(images, heat(weights, look.places, processed), where,
-                                    look.shares[l] / look.evens[l]) for l, weights in look.weights.items()}
+    found = {l: times_an_even_share(images, heat(weights, look.places, processed), where, look.keys[l])
+             for l, weights in look.weights.items()}
     peaks = {l: peak for l, (_, peak) in found.items()}
     top = max(peaks.values(), default=0.0)
     thumbs = {l: montage(images, layers, top, cell) for l, (layers, _) in found.items()}
@@ -179,9 +179,9 @@ def draw(path, images, processed, config, report, look, questions=1):
         page.paste(thumb, (x, y + 5))
         note = f"layer {l}, self: {percent(look.shares[l])} on the image" if l in report["sa"] else f"layer {l}, cross"
         below = write(pen, x, y + thumb.height + 9, note, 16, PALE)
-        many = f"{peaks[l]:.2g}x" if peaks[l] >= 0.01 else "under 0.01x"
-        brightest = f"brightest: {many} an even share" if peaks[l] else "on tokens without a place"
-        write(pen, x, below, brightest, 16, PALE)
+        brightest = f"brightest: {peaks[l]:.2g}x an even share" if peaks[l] >= 0.01 else "brightest: <0.01x"
+        elsewhere = peaks[l] < 0.01 <= look.shares[l]  # on newlines, or merged tokens
+        write(pen, x, below, "on tokens without a place" if elsewhere else brightest, 16, PALE)
     page.save(path)
 
 
@@ -240,22 +240,20 @@ def stretched(cells, box, size, how):
     return Image.fromarray(np.pad(cells, 1, mode="edge")).resize(size, how, [x + 1 for x in box])
 
 
-def times_an_even_share(images, maps, where, level):
+def times_an_even_share(images, maps, where, keys):
     """(Of each image how many times an even share of a layer's attention a pixel gets, (height, width); how many times
-    the brightest get). maps: of `heat`; where: their `boxes`; level: what the images get in the mean."""
+    the brightest get). maps: of `heat`; where: their `boxes`; keys: the tokens that share the attention."""
     layers = []
     for image, own, own_boxes in zip(images, maps, where):
-        total = np.zeros(image.size[::-1])
+        total, even = np.zeros(image.size[::-1]), 0.0
         for heat_map, box in zip(own, own_boxes):
             # Attention per area: base tile and grid show the same image; one that was padded is part of a square
             cells = (box[2] - box[0]) * (box[3] - box[1]) if len(images) == 1 else heat_map.size
             total += stretched((heat_map * cells).astype(np.float32), box, image.size, Image.BICUBIC)
-        layers.append(total.clip(0))
+            even += cells / keys
+        layers.append(total.clip(0) / even)
     every = np.concatenate([t.ravel() for t in layers])
-    if not every.any():
-        return layers, 0.0
-    unit = every.mean() / level
-    return [t / unit for t in layers], np.quantile(every[every > 0], 0.995) / unit  # of a few patches, too
+    return layers, np.quantile(every[every > 0], 0.995) if every.any() else 0.0  # of a few patches, too
 
 
 def montage(images, layers, top, width):

@@ -6,7 +6,8 @@
     python -m paper.bench --measure   seconds of encoder and prefill against the operations that flops.py counts
     python -m paper.bench --pixels    seconds to the first token over the overview, and what asking first costs
     python -m paper.bench --reduce    likewise with every reduction of visual tokens
-                                      (these three write bench-KIND-DEVICE-DTYPE.json)
+                                      (these three write bench-KIND-DEVICE-DTYPE.json
+                                      unless it is of more rounds)
 
 Random weights of the 0.5B geometry. Systems take turns, so that a busy machine slows all alike; medians of the rounds.
 An encoder is timed once a round; a row's first token is encoder and prefill, its whole an answer too. transformers runs
@@ -294,8 +295,9 @@ def main(argv=None):
         if getattr(args, kind):
             dtype = getattr(torch, args.dtype[0]) if args.dtype else fast
             result = measured((args.tiles or [5])[0], dtype, args.batch or [1, 8], args.rounds or 3)
-            if not (args.tiles or args.batch):
-                file = RESULTS / f"bench-{kind}-{device()}-{result['dtype']}.json"
+            file = RESULTS / f"bench-{kind}-{device()}-{result['dtype']}.json"
+            had = json.loads(file.read_text())["rounds"] if file.is_file() else 0
+            if result["rounds"] >= had and not (args.tiles or args.batch):
                 file.write_text(json.dumps(result, indent=1) + "\n")
             return print(f"{textwrap.fill(conditions(result), 80)}\n\n{table_of(result)}")
     dtypes = args.dtype or dict.fromkeys([str(fast)[6:]] if device() == "cuda" else ["float32", str(fast)[6:]])
@@ -314,7 +316,7 @@ def main(argv=None):
                        args.rounds or (1 if quick else 3), getattr(torch, dtype), args.compile, whole)
         print(f"{textwrap.fill(conditions(result), 80)}\n\n{table(result)}\n")
         print(json.dumps(result))
-        if whole:
+        if whole and result["transformers"]:
             committed.write_text(json.dumps(result, indent=1) + "\n")
             plot(result, committed.with_suffix(".png"))
         if args.compare:

@@ -3,7 +3,7 @@
     python -m paper.miniature
 
 And what the overview alone is worth to the dense model: coarse questions over the base tile; and how soon the first
-token comes, by stratum. Writes paper/results/miniature.json, assets/miniature.png and assets/first_token.png, and
+token comes, by stratum. Writes miniature.json and first-token.json in paper/results, their pictures in assets, and
 prints the tables of paper/README.md.
 """
 import json
@@ -25,6 +25,7 @@ from router import summarise
 from toy import world
 
 ROOT = Path(__file__).parent.parent
+PROMPTS, ROUNDS = 96, 9  # of the clock
 LOOKS = {"dense": ("black", "s", 9), "VISOR, a configuration named": ("tab:blue", "o", 7),
          "router of layers": ("tab:blue", "*", 17), "router of pixels and layers": ("tab:green", "*", 17)}
 
@@ -54,9 +55,7 @@ def routed_table(rows):
     routers = [next(row for row in seed if row["name"] == "router") for seed in rows]
     fulls = [max((row for row in seed if row["name"] not in ("dense", "router", "oracle")),
                  key=lambda row: len(row["sa"])) for seed in rows]
-
-    def mean(values):
-        return statistics.mean(values)
+    mean = statistics.mean
     lines = ["| | full | router | layers | to the overview | LLM saving | with the encoder |", "|---" * 7 + "|"]
     for group in (*world.STRATA, "mean of the tasks"):
         tasks = world.STRATA.get(group, tuple(world.TASKS))
@@ -68,8 +67,8 @@ def routed_table(rows):
     return "\n".join(lines)
 
 
-def first_token(dense, visor, eval_set, n=96, rounds=9):
-    """{stratum: {system: (ms a prompt to the first token, accuracy)}} of n questions at once; systems take turns."""
+def first_token(dense, visor, eval_set):
+    """{stratum: {system: (ms a prompt to the first token, accuracy)}} of PROMPTS at once; systems take turns."""
     c = visor.config
     systems = {"dense": (dense, tuple(range(c.layers)), "all"),
                **{f"VISOR, {sa_name(c, sa)}": (visor, sa, "all") for sa in c.viable},
@@ -77,11 +76,11 @@ def first_token(dense, visor, eval_set, n=96, rounds=9):
     found = {}
     for stratum, tasks in world.STRATA.items():
         asked = [(image, q, a) for image, questions in eval_set for task, q, a in questions if task in tasks]
-        asked = [asked[i] for i in np.random.default_rng(0).permutation(len(asked))[:n]]
+        asked = [asked[i] for i in np.random.default_rng(0).permutation(len(asked))[:PROMPTS]]
         prompts = [data.encode(data.chatml([data.place_images(q, 1)]), visor.tokenizer, [data.process_image(image, c)])
                    for image, q, _ in asked]
         times, right = {name: [] for name in systems}, {}
-        for i in range(rounds + 1):  # the first is to warm up
+        for i in range(ROUNDS + 1):  # the first is to warm up
             for name, (model, sa, pixels) in systems.items():
                 start = time.perf_counter()
                 model.generate(prompts, sa, pixels, max_tokens=1)
@@ -153,11 +152,14 @@ def main(argv=None):
     draw_first_token(ROOT / "assets" / "first_token.png", soon)
     (ROOT / "paper" / "results" / "miniature.json").write_text(json.dumps(
         {**about("miniature", argv), "dtype": str(visor.dtype)[6:], "seeds": args.seed or [0, 1, 2],
-         "questions": args.questions, "rows": rows, "dense_over_the_overview": alone, "first_token": soon},
-        indent=1) + "\n")
+         "questions": args.questions, "rows": rows, "dense_over_the_overview": alone}, indent=1) + "\n")
+    (ROOT / "paper" / "results" / "first-token.json").write_text(json.dumps(
+        {**about("miniature", argv), "dtype": str(visor.dtype)[6:], "at_once": PROMPTS, "rounds": ROUNDS,
+         "rows": soon}, indent=1) + "\n")
     print(f"{text}\n\nLargest difference of any number between two of the seeds: {spread:.3f}.\n\nDense, over the base "
           "tile alone: " + ", ".join(f"{task} {statistics.mean(x[task] for x in alone):.3f}" for task in alone[0]))
-    print(f"\nThe router:\n\n{routed_table(rows)}\n\n{machine()}, 96 prompts at once:\n\n{first_token_table(soon)}")
+    print(f"\nThe router:\n\n{routed_table(rows)}\n\n{machine()}, {PROMPTS} prompts at once:\n\n"
+          + first_token_table(soon))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ MEASURED = {  # mark: (its JSON in results/, what makes markdown of that)
     "faster": ("bench-cpu-float32", bench.short_table),
     "miniature": ("miniature", lambda x: miniature.table(x["rows"])[0]),
     "routed": ("miniature", lambda x: miniature.routed_table(x["rows"])),
-    "first token": ("miniature", lambda x: miniature.first_token_table(x["first_token"])),
+    "first token": ("first-token", lambda x: miniature.first_token_table(x["rows"])),
     "pixels": ("bench-pixels-cpu-float32", clock.pixels_table),
     "Table 1": ("compare", lambda x: compare.table(compare.TABLE_1, x["rows"])),
     "Table 2": ("compare", lambda x: compare.table(compare.TABLE_2, x["rows"])),

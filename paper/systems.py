@@ -36,13 +36,16 @@ def about(name, argv=None):
 
 def conditions(result):
     """How a result was measured, as far as its JSON says it, in one line."""
-    x, found = result, [result["machine"], f"torch {result['torch']}"] if "torch" in result else [result["machine"]]
-    found += [f"transformers {x['transformers']}"] if x.get("transformers") else []
-    found.append(x["dtype"])
+    x = result
+    found = [x["machine"], *(f"{name} {x[name]}" for name in ("torch", "transformers") if x.get(name)), x["dtype"]]
+    if "tiles" in x:
+        found.append(counted(x["tiles"], "tile"))
+    if "at_once" in x:
+        found.append(f"{x['at_once']} prompts at once")
     if "questions" in x:
         found.append(f"{x['questions']:,} questions a task, seeds {', '.join(map(str, x['seeds']))}")
     if "rounds" in x:
-        found.append(f"{counted(x['tiles'], 'tile')}, medians of {counted(x['rounds'], 'round')}")
+        found.append(f"medians of {counted(x['rounds'], 'round')}")
     if "matmul" in x:
         found.append(f"matrix products at {x['matmul'] / 1e9:,.0f} GFLOP/s")
     if "bandwidth" in x:

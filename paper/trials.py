@@ -50,6 +50,8 @@ def save(name, path, args, **results):
     results = {**about(name, ()), "seeds": args.seeds, "questions": args.questions, "dtype": str(args.dtype)[6:],
                **results}
     had = json.loads(path.read_text()) if path.is_file() else {}
+    if getattr(args, "report", False):  # nothing was measured again
+        results |= {key: had[key] for key in ("date", "machine", "torch") if key in had}
     lists = [name for name, value in results.items() if isinstance(value, list)]
     less = args.questions < had.get("questions", 0) or any(len(results[x]) < len(had.get(x, ())) for x in lists)
     if less:

@@ -167,9 +167,9 @@ def per_forward(m, sa):
     return calls
 
 
-def overlaid(image, maps, boxes, width):
+def overlaid(image, maps, boxes, width, keys=100):
     """One image with its heat, on its own scale, and how many times an even share the brightest get."""
-    layers, peak = explain.times_an_even_share([image], [maps], boxes, 1.0)
+    layers, peak = explain.times_an_even_share([image], [maps], boxes, keys)
     return explain.montage([image], layers, peak, width), peak
 
 
@@ -199,16 +199,17 @@ def test_heat_lands_where_the_token_is(where, corner):
 
 
 def test_the_scale_is_that_of_the_brightest_colour():
-    """All of an even share in a quarter of the image: there it is four times that; the sum does not matter."""
+    """A quarter of the image has all the attention of a layer that sees the image alone, or much else: in times what
+    each token would get, were it even."""
     c, image = tiny.config(), Image.new("RGB", (64, 64))
     p = process_image(image, c, single_image=False)
     places, _ = explain.places_of(None, p.tiling, c)
     w = np.zeros((4, 4))
     w[:2, :2] = 1
-    for factor in (1, 1e-3, 1e-12):
-        maps, = explain.heat(np.append(w.ravel() * factor, 0), places, [p])
-        page, peak = overlaid(image, maps, [explain.boxes(image, p.tiling, True)], 64)
-        assert peak == pytest.approx(4, rel=0.2)
+    for keys, wanted in ((16, 4), (1600, 400), (4, 1)):
+        maps, = explain.heat(np.append(w.ravel() / 4, 0), places, [p])
+        page, peak = overlaid(image, maps, [explain.boxes(image, p.tiling, True)], 64, keys)
+        assert peak == pytest.approx(wanted, rel=0.2)
         drawn = np.asarray(page.convert("L"), dtype=float)
         assert drawn[8:24, 8:24].min() > drawn[40:, 40:].max() + 50
     page, peak = overlaid(image, [w * 0], [[(0, 0, 4, 4)]], 64)
@@ -226,18 +227,20 @@ def test_all_layers_have_one_scale():
 
 
 def test_a_layer_that_looks_elsewhere_is_dark():
-    """The level of a self-attention layer is what its image gets of an even share of text and vision."""
-    image, cells = Image.new("RGB", (64, 64)), np.zeros((4, 4))
-    cells[1, 1] = 1e-5
-    alone, _ = explain.times_an_even_share([image], [[cells]], [[(0, 0, 4, 4)]], 1.0)
-    (dark,), peak = explain.times_an_even_share([image], [[cells]], [[(0, 0, 4, 4)]], 1e-3)
-    assert np.allclose(dark, alone[0] * 1e-3) and 0.01 < peak < 0.02
+    """However its little attention to the image lies, and whatever newlines get; with two maps of the same image."""
+    image, base, grid = Image.new("RGB", (64, 64)), np.zeros((4, 4)), np.zeros((8, 8))
+    base[1, 1] = 1e-5
+    for maps in ([base], [base, grid]):
+        _, peak = explain.times_an_even_share([image], [maps], [[(0, 0, *x.shape) for x in maps]], 90)
+        assert peak < 1e-3
+    even = [np.full((4, 4), 1 / 90), np.full((8, 8), 1 / 90)]
+    (flat,), peak = explain.times_an_even_share([image], [even], [[(0, 0, 4, 4), (0, 0, 8, 8)]], 90)
+    assert np.allclose(flat, 1, atol=1e-4) and peak == pytest.approx(1, abs=1e-4)
     m = tiny.model()
     prompt = prompt_of(m, "a long question<image>y")
     look = explain.attention_to_images(m, prompt, [40, 7, 9], (1, 4))
     vision = len(prompt.v_pos)
-    assert look.evens == {1: vision / (vision + len(prompt.ids) + 3), 2: 1, 4: look.evens[1], 5: 1}
-    assert all(look.shares[l] == pytest.approx(look.weights[l].sum(), abs=1e-5) for l in look.evens)
+    assert look.keys == {1: vision + len(prompt.ids) + 3, 2: vision, 4: look.keys[1], 5: vision}
 
 
 def test_the_overview_is_drawn_as_it_was_seen(tmp_path):
@@ -518,7 +521,7 @@ def test_a_single_patch_has_a_scale():
     """Of 729, its attention is far above the mean, and drawn."""
     image, cells = Image.new("RGB", (270, 270)), np.zeros((27, 27))
     cells[5, 20] = 1e-4
-    page, peak = overlaid(image, [cells], [[(0, 0, 27, 27)]], 270)
+    page, peak = overlaid(image, [cells], [[(0, 0, 27, 27)]], 270, keys=729e4)
     drawn = np.asarray(page.convert("L"), dtype=float)
     assert 300 < peak < 1000 and np.unravel_index(drawn.argmax(), drawn.shape) == pytest.approx((55, 205), abs=5)
 
