@@ -191,7 +191,7 @@ def start(model, stage, out, s, first, checkpoint, samples, distributed):
 def parse(argv=None):
     p = Parser(doc=__doc__,
                description="Train: without --stage, the miniature's stages 1 to 3 from nano/dense, then the table.",
-               epilog="The miniature's stage 0 takes about 2 h 45 min on one core, its others 16 min together on two.")
+               epilog="The miniature's stage 0 takes about 2 h 45 min on one core, its others 13 min together on two.")
     p.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="0 dense pretraining, 1 the new cross-attentions "
                    "alone, 2 everything, universal, 3 the router")
     p.add_argument("--model", metavar="NAME", help="what the (first) stage starts from (default: the newest earlier "
