@@ -297,7 +297,9 @@ def main(argv=None):
             result = measured((args.tiles or [5])[0], dtype, args.batch or [1, 8], args.rounds or 3)
             file = RESULTS / f"bench-{kind}-{device()}-{result['dtype']}.json"
             had = json.loads(file.read_text())["rounds"] if file.is_file() else 0
-            if result["rounds"] >= had and not (args.tiles or args.batch):
+            if result["rounds"] < had:
+                print(f"{file} is of more rounds, and stays as it is", file=sys.stderr)
+            elif not (args.tiles or args.batch):
                 file.write_text(json.dumps(result, indent=1) + "\n")
             return print(f"{textwrap.fill(conditions(result), 80)}\n\n{table_of(result)}")
     dtypes = args.dtype or dict.fromkeys([str(fast)[6:]] if device() == "cuda" else ["float32", str(fast)[6:]])
@@ -316,7 +318,9 @@ def main(argv=None):
                        args.rounds or (1 if quick else 3), getattr(torch, dtype), args.compile, whole)
         print(f"{textwrap.fill(conditions(result), 80)}\n\n{table(result)}\n")
         print(json.dumps(result))
-        if whole and result["transformers"]:
+        if whole and not result["transformers"]:
+            print(f"{committed} stays as it is: transformers' row is missing", file=sys.stderr)
+        elif whole:
             committed.write_text(json.dumps(result, indent=1) + "\n")
             plot(result, committed.with_suffix(".png"))
         if args.compare:

@@ -34,9 +34,8 @@ def about(name, argv=None):
             "machine": machine(), "torch": torch.__version__}
 
 
-def conditions(result):
-    """How a result was measured, as far as its JSON says it, in one line."""
-    x = result
+def conditions(x):
+    """How a result x was measured, as far as its JSON says it, in one line."""
     found = [x["machine"], *(f"{name} {x[name]}" for name in ("torch", "transformers") if x.get(name)), x["dtype"]]
     if "tiles" in x:
         found.append(counted(x["tiles"], "tile"))

@@ -68,6 +68,10 @@ def test_pixels_are_what_they_are_called(monkeypatch, capsys, tmp_path):
     kept = json.loads((tmp_path / "bench-pixels-cpu-float32.json").read_text())
     assert [row["pixels"] for row in kept["rows"]] == [row[1].strip() for row in rows]
     assert all(row["first"] > 0 for row in kept["rows"]) and kept["rounds"] == 1 and kept["machine"]
+    file = tmp_path / "bench-pixels-cpu-float32.json"
+    file.write_text(json.dumps({**kept, "rounds": 2}))
+    bench.main(["--pixels", "--rounds", "1", "--dtype", "float32"])
+    assert json.loads(file.read_text())["rounds"] == 2 and "stays as it is" in capsys.readouterr().err
 
 
 def test_seconds_stand_beside_operations(monkeypatch, capsys, tmp_path):
@@ -165,13 +169,18 @@ def test_table_and_plot(result, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 10000
 
 
-def test_without_transformers_its_row_is_left_out(monkeypatch, capsys):
+def test_without_transformers_its_row_is_left_out(monkeypatch, capsys, tmp_path):
     def missing(*_):
         raise ImportError
     monkeypatch.setattr(bench, "Theirs", missing)
     config = tiny.config(layers=24, tile=384, patch=96, tied=True)
     rows = bench.bench(config, ("transformers", "dense", "2"), [1], [1], rounds=1, whole=False)["rows"]
     assert [r["system"] for r in rows] == ["dense", "2"] and "pip install transformers" in capsys.readouterr().err
+    found = bench.bench(config, ("transformers", "dense"), [1], [1], rounds=1, whole=False)
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "bench", lambda *_: found)
+    bench.main(["--dtype", "float32"])  # the pages' tables need the row
+    assert not list(tmp_path.iterdir()) and "transformers' row is missing" in capsys.readouterr().err
 
 
 # --- what experiments have in common ---------------------------------------------------------------------------------
@@ -199,3 +208,15 @@ def test_larger_results_stay(tmp_path, capsys):
         assert not trials.save("ablate", file, SimpleNamespace(**{**vars(args), **less}), rows=[3, 4] if less else [3])
         assert json.loads(file.read_text())["rows"] == [1, 2] and "stays as it is" in capsys.readouterr().err
     assert trials.save("ablate", file, args, rows=[3, 4]) and json.loads(file.read_text())["rows"] == [3, 4]
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_a_report_alone_measures_nothing(report, tmp_path):
+    """The day and the machine of what is there stay."""
+    file, args = tmp_path / "x.json", SimpleNamespace(seeds=[0], questions=5, dtype=torch.float32, report=report)
+    trials.save("ablate", file, args, rows=[1])
+    was = {"date": "2020-02-02", "machine": "another", "torch": "0.4"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **was}))
+    assert trials.save("ablate", file, args, rows=[2])
+    now = json.loads(file.read_text())
+    assert now["rows"] == [2] and report == all(now[key] == x for key, x in was.items())
